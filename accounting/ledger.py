@@ -1,0 +1,305 @@
+"""The privacy ledger of one named data set: every release is charged here, durably, before its noise is drawn.
+
+Promise: at every instant, through ``kill -9``, power loss, concurrent runs and resumed runs, the ledger holds at least
+one charge for every release that was bought with one of its receipts, and the epsilon computed from it covers them.
+Anything wrong with the ledger raises ``LedgerError``: no charge, no receipt, no training, no epsilon.
+
+The budget rule.  A plan is one event per step, repeated a number of times that is fixed before its first release, so
+its epsilon is an accountant's bound at the planned steps.  Later plans may be chosen after seeing earlier results, and
+then joint Renyi or numerical accounting over plans is not a bound; the (epsilon, delta) of the plans add up instead
+(basic composition, Dwork and Roth 2014, theorem B.1, holds for adaptively chosen mechanisms).  The sum at the planned
+steps must stay within the budget when a plan makes its first charge; after that, counting is all a charge needs.
+
+The data set is known by the name that a person typed, never by a fingerprint of its content: a fingerprint would
+differ between neighbours.  What the file guarantees is written in ``chain.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import threading
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from .accountant import Bound, epsilon
+from .chain import Chain
+from .errors import BudgetExceeded, InvalidParameter, LedgerError
+from .events import Event, Relation, Repeated
+from .records import Budget, PlanRecord, Receipt, Spent
+from .values import Name, Value
+
+
+class _Header(Value):
+    dataset_name: Name
+    budget: Budget
+
+
+class Ledger:
+    """An open ledger; made by :meth:`create` or :meth:`open`. Safe to share between threads, not across a fork."""
+
+    def __init__(self, chain: Chain, bodies: list[bytes]) -> None:
+        self._chain = chain
+        self._lock = threading.RLock()
+        self._header: _Header | None = None
+        self._plans: dict[str, PlanRecord] = {}
+        self._charged: dict[str, int] = {}
+        self._taken = 0
+        self._replay(bodies)
+        if self._header is None:
+            raise LedgerError(f"{chain.path} has no header. Restore it from a backup.")
+
+    @classmethod
+    def create(
+        cls, path: str | os.PathLike[str], *, dataset_name: str, budget: Budget, timeout: float = 30.0
+    ) -> Ledger:
+        """A new, empty ledger (file mode 0600) for the data set that people call ``dataset_name``.
+
+        Raises:
+          LedgerError: the file exists, or its folder cannot be written to.
+        """
+        first = _encode("header", _Header(dataset_name=dataset_name, budget=budget).model_dump(mode="json"))
+        chain = Chain.create(Path(path), first, timeout=timeout)
+        return cls(chain, chain.read())
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        dataset_name: str | None = None,
+        read_only: bool = False,
+        timeout: float = 30.0,
+    ) -> Ledger:
+        """An existing ledger, verified from the first entry to the last.
+
+        Args:
+          dataset_name: if given, must be the ledger's own.
+          timeout: seconds to wait for another process that holds the lock.
+
+        Raises:
+          LedgerError: missing, damaged, locked, of a newer version, or the ledger of another data set.
+        """
+        chain, bodies = Chain.open(Path(path), read_only=read_only, timeout=timeout)
+        try:
+            ledger = cls(chain, bodies)
+            if dataset_name is not None and dataset_name != ledger.dataset_name:
+                raise LedgerError(
+                    f"{path} is the ledger of {ledger.dataset_name!r}, not of {dataset_name!r}. "
+                    "One ledger belongs to one data set: give the other ledger, or the other name."
+                )
+        except LedgerError:
+            chain.close()
+            raise
+        return ledger
+
+    @property
+    def path(self) -> Path:
+        """Where the file lies."""
+        return self._chain.path
+
+    @property
+    def dataset_name(self) -> str:
+        """The name that was typed when the ledger was created."""
+        return self._known_header.dataset_name
+
+    @property
+    def budget(self) -> Budget:
+        """What all plans together may spend."""
+        return self._known_header.budget
+
+    def check(self, plan: PlanRecord) -> None:
+        """Returns if the first charge of ``plan`` would be accepted now (or its next one, if it has begun).
+
+        Raises:
+          BudgetExceeded: the plan does not fit beside the plans that have begun, or all its steps are charged.
+          LedgerError: its unit or relation is not that of the first plan, or it is not the plan with this id.
+        """
+        with self._lock:
+            self._catch_up()
+            self._admit(plan)
+
+    def charge(self, plan: PlanRecord, event: Event) -> Receipt:
+        """Charges one step of ``plan``; when this returns, the charge is on the disk.
+
+        Args:
+          plan: registered with its first charge, and from then on the same in every field.
+          event: what the step is about to do; must equal ``plan.event``.
+
+        Raises:
+          BudgetExceeded: the plan does not fit the budget, or all its planned steps are charged. Nothing was charged.
+          LedgerError: the event is not the plan's, or the ledger cannot be trusted or written to. If the failure came
+            while writing, the step may have been charged; no receipt exists, so nothing may be released.
+        """
+        if event != plan.event:
+            raise LedgerError(
+                f"The step is {event!r}, but the plan says {plan.event!r}. Nothing was charged: make a new plan for a "
+                "new mechanism."
+            )
+        if plan.plan_id not in self._plans:
+            epsilon_of(plan, plan.steps)  # cached, so that nobody waits for the lock while it is computed
+        with self._lock:
+            self._heal()
+            step = 0
+
+            def decide(unseen: list[bytes]) -> list[bytes]:
+                nonlocal step
+                self._replay(unseen)
+                self._admit(plan)
+                step = self._charged.get(plan.plan_id, 0) + 1
+                charge = _encode("charge", {"plan_id": plan.plan_id, "step": step})
+                return [charge] if step > 1 else [_encode("plan", plan.model_dump(mode="json")), charge]
+
+            # Memory follows the file at the next look, never ahead of it.
+            sequence, tip = self._chain.append(decide)
+        return Receipt(sequence=sequence, plan_id=plan.plan_id, step=step, digest=tip.hex())
+
+    def plans(self) -> list[tuple[PlanRecord, int]]:
+        """Every plan that made a charge, in order, with the number of its charges."""
+        with self._lock:
+            self._catch_up()
+            return [(plan, self._charged[plan.plan_id]) for plan in self._plans.values()]
+
+    def spent(self) -> Spent:
+        """What the charges cost so far; see :class:`Spent` for what one plan and several plans mean."""
+        plans = self.plans()
+        planned = [epsilon_of(plan, plan.steps) for plan, _ in plans]
+        committed = math.fsum([bound.upper for bound in planned])
+        now = [epsilon_of(plans[0][0], plans[0][1])] if len(plans) == 1 else planned
+        return Spent(
+            epsilon=math.fsum([bound.upper for bound in now]),
+            delta=math.fsum([plan.delta for plan, _ in plans]),
+            committed_epsilon=committed,
+            accountant="+".join(dict.fromkeys(bound.accountant for bound in now)) or "none",
+            steps_charged=sum(charged for _, charged in plans),
+            steps_planned=sum(plan.steps for plan, _ in plans),
+        )
+
+    def anchor(self) -> tuple[int, str]:
+        """(sequence, digest) of the last entry. Kept elsewhere, it shows later that no entry was taken away."""
+        with self._lock:
+            self._catch_up()
+            return self._chain.position.sequence, self._chain.position.tip.hex()
+
+    def check_anchor(self, sequence: int, digest: str) -> None:
+        """Returns if the ledger holds the entry that :meth:`anchor` named earlier; else raises LedgerError."""
+        with self._lock:
+            self._catch_up()
+            found = self._chain.digest_of(sequence)
+        if found is None or found.hex() != digest:
+            raise LedgerError(
+                f"{self.path} does not hold entry {sequence} with digest {digest[:12]}...: it is an older copy, or "
+                "another ledger. Restore the newest ledger of this data set."
+            )
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._chain.close()
+
+    def __enter__(self) -> Ledger:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if chain := getattr(self, "_chain", None):
+            chain.close()
+
+    @property
+    def _known_header(self) -> _Header:
+        assert self._header is not None  # the constructor refuses a ledger without one
+        return self._header
+
+    def _admit(self, plan: PlanRecord) -> None:
+        known = self._plans.get(plan.plan_id)
+        if known is None:
+            self._admit_new(plan)
+        elif known != plan:
+            fields = [name for name in PlanRecord.model_fields if getattr(known, name) != getattr(plan, name)]
+            raise LedgerError(
+                f"Plan {plan.plan_id} is in the ledger with another {', '.join(fields)}. A plan never changes: give "
+                "the same values, or leave plan_id out to begin a new plan."
+            )
+        elif self._charged[plan.plan_id] >= plan.steps:
+            raise BudgetExceeded(
+                f"All {plan.steps} planned steps of plan {plan.plan_id} are charged. Begin a new plan if the budget "
+                "allows one; nothing was charged."
+            )
+
+    def _admit_new(self, plan: PlanRecord) -> None:
+        for first in list(self._plans.values())[:1]:
+            if (plan.unit, plan.relation) != (first.unit, first.relation):
+                raise LedgerError(
+                    f"The plan protects one {plan.unit!r} under {plan.relation.value}, but this ledger's plans protect "
+                    f"one {first.unit!r} under {first.relation.value}; their epsilons do not add up. Use the same, or "
+                    "keep a second ledger and state both."
+                )
+        earlier = [epsilon_of(known, known.steps).upper for known in self._plans.values()]
+        own = epsilon_of(plan, plan.steps).upper
+        total = math.fsum([*earlier, own])
+        if total > self.budget.epsilon:
+            raise BudgetExceeded(
+                f"The plan costs epsilon {own:.4g} and the plans before it {math.fsum(earlier):.4g}: together that is "
+                f"over the budget {self.budget.epsilon:g} of {self.dataset_name!r}. Take more noise or fewer steps."
+            )
+        if (delta := math.fsum([plan.delta, *(known.delta for known in self._plans.values())])) > self.budget.delta:
+            raise BudgetExceeded(
+                f"The plan's delta {plan.delta:g} and those before it add up to {delta:g}: more than the budget "
+                f"{self.budget.delta:g} of {self.dataset_name!r}. Take a smaller delta."
+            )
+
+    def _catch_up(self) -> None:
+        self._heal()
+        self._replay(self._chain.read())
+
+    def _heal(self) -> None:
+        """Starts over if an exception or a signal kept entries that were read from being taken in."""
+        if self._taken != self._chain.position.sequence + 1:
+            self._chain.rewind()
+            self._header, self._plans, self._charged, self._taken = None, {}, {}, 0
+            self._replay(self._chain.read())
+
+    def _replay(self, bodies: list[bytes]) -> None:
+        """Takes verified entries into memory."""
+        try:
+            for body in bodies:
+                self._take(body)
+        except (InvalidParameter, KeyError, TypeError, ValueError) as error:
+            raise LedgerError(
+                f"{self.path} holds an entry that makes no sense: {error}. It was written by something else, or by a "
+                "newer version. Restore it from a backup or upgrade the package."
+            ) from None
+
+    def _take(self, body: bytes) -> None:
+        entry: dict[str, Any] = json.loads(body)
+        kind = entry.pop("kind")
+        if kind == "header" and self._header is None:
+            self._header = _Header(**entry)
+        elif kind == "plan" and self._header is not None and entry["plan_id"] not in self._plans:
+            plan = PlanRecord(**entry)
+            self._plans[plan.plan_id] = plan
+            self._charged[plan.plan_id] = 0
+        elif kind == "charge" and self._charged[entry["plan_id"]] + 1 == entry["step"]:
+            if entry["step"] > self._plans[entry["plan_id"]].steps:
+                raise ValueError(f"charge {entry['step']} of a plan of fewer steps")
+            self._charged[entry["plan_id"]] += 1
+        else:
+            raise ValueError(f"an entry of kind {kind!r} out of order")
+        self._taken += 1
+
+
+def _encode(kind: str, body: dict[str, Any]) -> bytes:
+    return json.dumps({"kind": kind, **body}, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def epsilon_of(plan: PlanRecord, steps: int) -> Bound:
+    """The bound of ``plan`` alone after ``steps`` of its steps, at its own delta; cached."""
+    return _cached_epsilon(plan.event, steps, plan.delta, plan.relation)
+
+
+@lru_cache(maxsize=1024)
+def _cached_epsilon(event: Event, steps: int, delta: float, relation: Relation) -> Bound:
+    return epsilon(Repeated(event=event, count=steps), delta, relation=relation)

@@ -1,0 +1,99 @@
+"""What a ledger holds and hands out: budgets, plans, receipts and sums."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from typing import NamedTuple
+
+from pydantic import Field
+
+from .errors import LedgerError
+from .events import Event, Relation
+from .values import Delta, Name, PositiveCount, PositiveFloat, Value
+
+Fact = str | int | float | bool | None | list[str]
+
+
+class Budget(Value):
+    """What one data set may spend in all: the plans' epsilons and deltas may add up to this."""
+
+    epsilon: PositiveFloat
+    delta: Delta
+
+
+def _new_plan_id() -> str:
+    return secrets.token_hex(16)
+
+
+class PlanRecord(Value):
+    """One run as it was fixed before its first release.
+
+    Attributes:
+      event: what ONE step does.
+      steps: how many steps are planned; the ledger refuses one more.
+      delta: at which this plan's epsilon is stated.
+      unit: what a neighbour differs in: "example", "user", "client".
+      num_examples: the public number of units.
+      facts: for the statement, no part of the guarantee: ``sampling``, ``noise_generator``, ``max_grad_norm``,
+        ``certified`` (bool), ``certified_reason`` (str), ``caveats`` (list of str), and whatever else is public.
+      plan_id: random unless given; a resumed run gives the id of the run it resumes.
+    """
+
+    event: Event
+    steps: PositiveCount
+    delta: Delta
+    relation: Relation
+    unit: Name
+    num_examples: PositiveCount
+    facts: dict[str, Fact] = Field(default_factory=dict)
+    plan_id: Name = Field(default_factory=_new_plan_id)
+
+
+class Spent(NamedTuple):
+    """What the ledger's charges cost so far.
+
+    Attributes:
+      epsilon, delta: one plan: at the charges so far. Several: the sum over plans at their planned steps, because
+        a later plan may have been chosen after seeing what an earlier one gave.
+      committed_epsilon: at the planned steps. If a run was stopped because of what was seen, this is the guarantee.
+      accountant: which one gave the bound; several are joined by "+".
+      steps_charged, steps_planned: over all plans.
+    """
+
+    epsilon: float
+    delta: float
+    committed_epsilon: float
+    accountant: str
+    steps_charged: int
+    steps_planned: int
+
+
+class Receipt:
+    """Proof of one durable charge: it buys exactly one release.
+
+    Only a ledger makes one. It cannot be copied or pickled, or one charge could buy two releases.
+    """
+
+    __slots__ = ("_lock", "_used", "digest", "plan_id", "sequence", "step")
+
+    def __init__(self, *, sequence: int, plan_id: str, step: int, digest: str) -> None:
+        self.sequence = sequence
+        self.plan_id = plan_id
+        self.step = step
+        self.digest = digest
+        self._used = False
+        self._lock = threading.Lock()
+
+    def consume(self) -> None:
+        """Marks the receipt as used. Raises LedgerError the second time."""
+        with self._lock:
+            if self._used:
+                raise LedgerError(f"{self} was used before. One charge buys one release: charge again.")
+            self._used = True
+
+    def __reduce__(self):
+        raise LedgerError(f"{self} cannot be copied or pickled: one charge buys one release.")
+
+    def __repr__(self) -> str:
+        return f"Receipt(sequence={self.sequence}, plan_id={self.plan_id!r}, step={self.step})"

@@ -1,0 +1,203 @@
+"""What may be said about a ledger's data set: epsilon with everything that gives it a meaning.
+
+Epsilon is an upper bound, rounded up, and never stands without delta, unit, relation, sampling and accountant.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from decimal import ROUND_CEILING, Decimal
+
+from .accountant import DESCRIPTIONS
+from .errors import InvalidParameter
+from .events import Event, Gaussian, Poisson, Relation, TruncatedPoisson
+from .ledger import Ledger, epsilon_of
+from .normal_form import Atom, normal_form
+from .records import Budget, PlanRecord
+from .values import Value
+
+_RELATIONS = {
+    Relation.ADD_REMOVE: "add or remove one",
+    Relation.REPLACE_ONE: "replace one",
+    Relation.ZERO_OUT: "zero out one (the number of units is public)",
+}
+
+_NEVER_COVERED = (
+    "Not covered: choices made by looking at this data outside the ledger, such as a hyperparameter search or the "
+    "choice of the architecture.",
+    "Not covered: noise is drawn in floating point; attacks on its low-order bits and on timing.",
+)
+
+
+class PlanStatement(Value):
+    """One run as the statement shows it. ``epsilon`` is at the charged steps, ``committed_epsilon`` at the planned."""
+
+    plan_id: str
+    epsilon: float
+    committed_epsilon: float
+    delta: float
+    noise_multiplier: str
+    sampling: str
+    max_grad_norm: str
+    noise_generator: str
+    steps_charged: int
+    steps_planned: int
+    num_examples: int
+    certified: bool
+    certified_reason: str
+
+
+class Statement(Value):
+    """The privacy statement of one ledger; ``str()`` is for people, ``model_dump_json()`` for programs."""
+
+    dataset_name: str
+    epsilon: float
+    committed_epsilon: float
+    delta: float
+    unit: str
+    relation: str
+    accountant: str
+    budget: Budget
+    plans: tuple[PlanStatement, ...]
+    data_accesses: int
+    certified: bool
+    certified_reason: str
+    caveats: tuple[str, ...]
+    anchor_sequence: int
+    anchor_digest: str
+
+    def __str__(self) -> str:
+        if not self.plans:
+            return f"Data set {self.dataset_name!r}: nothing was charged yet; epsilon = 0."
+        lines = [
+            f"Privacy statement for data set {self.dataset_name!r}",
+            f"  epsilon <= {self.epsilon:.4f} at delta = {self.delta:g}",
+            f"  unit: one {self.unit}; relation: {self.relation}",
+            f"  accountant: {self.accountant}",
+            f"  committed: epsilon <= {self.committed_epsilon:.4f} at all planned steps; if a run was stopped because "
+            "of what was seen, this is the guarantee",
+            f"  budget: epsilon {self.budget.epsilon:g}, delta {self.budget.delta:g}",
+            f"  data accesses: {self.data_accesses}",
+        ]
+        for plan in self.plans:
+            lines += [
+                f"  run {plan.plan_id[:12]}: {plan.steps_charged} of {plan.steps_planned} planned steps",
+                f"    sampling: {plan.sampling}; public N = {plan.num_examples}",
+                f"    noise multiplier {plan.noise_multiplier}, max_grad_norm {plan.max_grad_norm}, "
+                f"noise generator: {plan.noise_generator}",
+            ]
+        lines.append(f"  CERTIFIED: {'YES' if self.certified else 'NO'} ({self.certified_reason})")
+        lines += [f"  - {caveat}" for caveat in self.caveats]
+        lines.append(f"  ledger anchor: entry {self.anchor_sequence}, {self.anchor_digest}")
+        return "\n".join(lines)
+
+
+def statement(ledger: Ledger) -> Statement:
+    """The statement of ``ledger`` as it stands now.
+
+    Raises:
+      LedgerError: the ledger cannot be trusted; there is no statement then.
+    """
+    spent = ledger.spent()
+    plans = tuple(_plan_statement(plan, charged) for plan, charged in ledger.plans())
+    records = [plan for plan, _ in ledger.plans()]
+    sequence, digest = ledger.anchor()
+    doubts = list(dict.fromkeys(plan.certified_reason for plan in plans if not plan.certified))
+    return Statement(
+        dataset_name=ledger.dataset_name,
+        epsilon=round_up(spent.epsilon),
+        committed_epsilon=round_up(spent.committed_epsilon),
+        delta=spent.delta,
+        unit=records[0].unit if records else "none",
+        relation=_RELATIONS[records[0].relation] if records else "none",
+        accountant=" + ".join(DESCRIPTIONS.get(name, name) for name in spent.accountant.split("+")),
+        budget=ledger.budget,
+        plans=plans,
+        data_accesses=spent.steps_charged,
+        certified=not doubts,
+        certified_reason="; ".join(doubts or [plan.certified_reason for plan in plans[:1]] or ["nothing was released"]),
+        caveats=tuple(dict.fromkeys(caveat for record in records for caveat in _caveats(record, len(records)))),
+        anchor_sequence=sequence,
+        anchor_digest=digest,
+    )
+
+
+def round_up(x: float, digits: int = 4) -> float:
+    """The least multiple of 10^-digits that is not below ``x``; infinity stays infinity.
+
+    The nearest double of that decimal is not below ``x`` either.
+    """
+    if math.isnan(x):
+        raise InvalidParameter("round_up(nan): there is no bound to print; find out where the NaN came from.")
+    if abs(x) >= 2**52:  # whole numbers, and infinity
+        return x
+    return float(Decimal(x).quantize(Decimal(1).scaleb(-digits), rounding=ROUND_CEILING))
+
+
+def _plan_statement(plan: PlanRecord, charged: int) -> PlanStatement:
+    facts = plan.facts
+    return PlanStatement(
+        plan_id=plan.plan_id,
+        epsilon=round_up(epsilon_of(plan, charged).upper),
+        committed_epsilon=round_up(epsilon_of(plan, plan.steps).upper),
+        delta=plan.delta,
+        noise_multiplier=_each(plan.event, _noise),
+        sampling=_each(plan.event, _sampling) + (f" ({facts['sampling']})" if facts.get("sampling") else ""),
+        max_grad_norm=str(facts.get("max_grad_norm", "not stated")),
+        noise_generator=str(facts.get("noise_generator", "not stated")),
+        steps_charged=charged,
+        steps_planned=plan.steps,
+        num_examples=plan.num_examples,
+        certified=facts.get("certified") is True,
+        certified_reason=str(facts.get("certified_reason") or _default_reason(facts.get("certified"))),
+    )
+
+
+def _default_reason(certified: object) -> str:
+    if certified is True:
+        return "every release was charged by a certified run"
+    if certified is False:
+        return "the run was not certified"
+    return "the run did not say whether it is certified"
+
+
+def _each(event: Event, describe: Callable[[Atom], str]) -> str:
+    """One step's atoms in words; a step of one atom, the usual case, without its count."""
+    atoms = normal_form(event)
+    return " + ".join(describe(atom) + (f" ({count} times)" if count > 1 else "") for atom, count in atoms) or "none"
+
+
+def _noise(atom: Atom) -> str:
+    inner = atom if isinstance(atom, Gaussian) else atom.event
+    return f"{inner.noise_multiplier:.6g}" if isinstance(inner, Gaussian) else str(inner)
+
+
+def _sampling(atom: Atom) -> str:
+    match atom:
+        case Gaussian():
+            return "none, all units in every step"
+        case Poisson(sample_rate=rate):
+            return f"Poisson, rate {rate:.6g}"
+        case TruncatedPoisson(sample_rate=rate, cap=cap):
+            return f"Poisson, rate {rate:.6g}, larger draws cut to {cap} units and charged as such"
+
+
+def _caveats(plan: PlanRecord, plans: int) -> list[str]:
+    found = []
+    if plan.delta * plan.num_examples >= 1:
+        found.append(
+            f"WARNING: delta = {plan.delta:g} is not below 1/N = {1 / plan.num_examples:.3g}; publishing one unit at "
+            "random would satisfy such a delta. Choose delta well below 1/N."
+        )
+    if plans > 1:
+        found.append(
+            "Several runs used this data; their epsilons and deltas at the planned steps are added, since later runs "
+            "may have been chosen after seeing earlier ones."
+        )
+    generator = str(plan.facts.get("noise_generator", "not stated"))
+    if generator == "not stated" or "not cryptographic" in generator:
+        found.append(f"Noise generator: {generator}. The guarantee assumes that nobody can predict its output.")
+    more = plan.facts.get("caveats")
+    found += more if isinstance(more, list) else [str(more)] if more else []
+    return [*found, *_NEVER_COVERED]

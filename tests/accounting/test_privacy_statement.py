@@ -1,0 +1,122 @@
+"""The statement: rounded up, never epsilon without its meaning, doubts said aloud."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from accounting import (
+    Budget,
+    Gaussian,
+    InvalidParameter,
+    Ledger,
+    PlanRecord,
+    Poisson,
+    Relation,
+    TruncatedPoisson,
+    round_up,
+    statement,
+)
+
+FACTS = {
+    "sampling": "drawn by the engine",
+    "noise_generator": "philox (not cryptographic)",
+    "max_grad_norm": 1.5,
+    "certified": True,
+    "certified_reason": "unseeded run of the engine",
+    "caveats": ["the probe used synthetic batches"],
+}
+
+
+def plan(**changes):
+    fields = {
+        "event": Poisson(0.01, Gaussian(1.1)),
+        "steps": 10,
+        "delta": 1e-6,
+        "relation": Relation.ADD_REMOVE,
+        "unit": "example",
+        "num_examples": 60_000,
+        "facts": FACTS,
+    }
+    return PlanRecord(**(fields | changes))
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    with Ledger.create(tmp_path / "l.sqlite", dataset_name="digits", budget=Budget(50.0, 0.5)) as made:
+        yield made
+
+
+@pytest.mark.parametrize("x", [0.0, 1e-300, 0.00005, 0.1, 1.23456, 1.2345, 2.99999999, 123456.00001, 1e17, 1e300])
+@pytest.mark.parametrize("digits", [0, 2, 4])
+def test_rounding_is_up_and_by_less_than_one_unit(x, digits):
+    assert x <= round_up(x, digits) <= x + 10.0**-digits
+    assert round_up(round_up(x, digits), digits) <= round_up(x, digits) + 10.0**-digits
+
+
+def test_rounding_keeps_infinity_and_refuses_nan():
+    assert round_up(math.inf) == math.inf
+    with pytest.raises(InvalidParameter):
+        round_up(math.nan)
+
+
+def test_epsilon_never_stands_without_its_meaning(ledger):
+    p = plan()
+    for _ in range(4):
+        ledger.charge(p, p.event)
+    said = statement(ledger)
+    text = str(said)
+    for part in ("digits", "1e-06", "example", "add or remove one", "Poisson, rate 0.01", "Renyi", "1.1", "4 of 10"):
+        assert part in text
+    for part in ("drawn by the engine", "philox", "1.5", "60000", "CERTIFIED: YES", "committed", "hyperparameter"):
+        assert part in text
+    assert f"{said.epsilon:.4f}" in text and said.epsilon >= ledger.spent().epsilon
+    assert said.committed_epsilon >= ledger.spent().committed_epsilon > said.epsilon
+    assert (said.anchor_sequence, said.anchor_digest) == ledger.anchor()
+    assert said.data_accesses == 4
+
+
+def test_the_json_holds_the_same(ledger):
+    p = plan()
+    ledger.charge(p, p.event)
+    said = statement(ledger)
+    assert json.loads(said.model_dump_json())["epsilon"] == said.epsilon
+    assert type(said).model_validate_json(said.model_dump_json()) == said
+
+
+def test_an_unused_ledger_says_that_nothing_was_charged(ledger):
+    assert "nothing was charged" in str(statement(ledger))
+    assert statement(ledger).epsilon == 0 and statement(ledger).plans == ()
+
+
+@pytest.mark.parametrize(
+    ("facts", "reason"),
+    [
+        ({}, "did not say"),
+        ({"certified": False}, "not certified"),
+        ({"certified": False, "certified_reason": "s"}, "s"),
+    ],
+)
+def test_a_run_that_is_not_certified_says_why(ledger, facts, reason):
+    p = plan(facts=facts)
+    ledger.charge(p, p.event)
+    assert statement(ledger).certified is False
+    assert "CERTIFIED: NO" in str(statement(ledger)) and reason in statement(ledger).certified_reason
+
+
+def test_a_delta_as_large_as_one_over_n_warns(ledger):
+    p = plan(delta=0.01, num_examples=100)
+    ledger.charge(p, p.event)
+    assert any("1/N" in caveat for caveat in statement(ledger).caveats)
+
+
+def test_several_runs_are_added_and_the_doubt_about_one_is_a_doubt_about_all(ledger):
+    first, second = plan(), plan(event=TruncatedPoisson(0.01, 800, 60_000, Gaussian(2.0)), facts={"certified": False})
+    ledger.charge(first, first.event)
+    ledger.charge(second, second.event)
+    said = statement(ledger)
+    assert said.epsilon == said.committed_epsilon >= sum(p.committed_epsilon for p in said.plans) - 2e-4
+    assert not said.certified and "cut to 800" in str(said)
+    assert any("added" in caveat for caveat in said.caveats)
