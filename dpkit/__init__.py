@@ -1,0 +1,66 @@
+"""dpkit: differentially private training for PyTorch code that exists already.
+
+    engine = dpkit.PrivacyEngine(run_dir="runs/mnist")
+    model, optimizer, loader = engine.make_private(model, optimizer, loader, num_examples=60_000, target_epsilon=3.0,
+                                                   target_delta=1e-5, epochs=20, max_grad_norm=1.0)
+
+The public surface is what ``__all__`` lists. Names are loaded when first used, so that ``import dpkit`` (and every command
+that only counts) does not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from accounting import Budget as Budget
+    from accounting import Relation as Relation
+    from dpkit import clipping as clipping
+    from dpkit import errors as errors
+    from dpkit import filters as filters
+    from dpkit.engine import Plan as Plan
+    from dpkit.engine import PrivacyEngine as PrivacyEngine
+    from dpkit.gradients import ghost as ghost
+    from dpkit.gradients import vmap as vmap
+    from dpkit.mechanisms import Gaussian as Gaussian
+    from dpkit.sampling import Poisson as Poisson
+    from dpkit.sampling import TruncatedPoisson as TruncatedPoisson
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Budget": "accounting",
+    "Relation": "accounting",
+    "Plan": "dpkit.engine",
+    "PrivacyEngine": "dpkit.engine",
+    "Gaussian": "dpkit.mechanisms",
+    "Poisson": "dpkit.sampling",
+    "TruncatedPoisson": "dpkit.sampling",
+    "ghost": "dpkit.gradients",
+    "vmap": "dpkit.gradients",
+}
+_MODULES = ("clipping", "errors", "filters")
+
+__all__ = [
+    "Budget",
+    "Gaussian",
+    "Plan",
+    "Poisson",
+    "PrivacyEngine",
+    "Relation",
+    "TruncatedPoisson",
+    "clipping",
+    "errors",
+    "filters",
+    "ghost",
+    "vmap",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name in _MODULES:
+        return importlib.import_module(f"dpkit.{name}")
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'dpkit' has no attribute {name!r}")
