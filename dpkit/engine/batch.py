@@ -1,0 +1,85 @@
+"""Rows of a batch, whatever structure the user's ``collate_fn`` gave it.
+
+A batch is a tensor, or a mapping, tuple, named tuple or list of batches; axis 0 of every tensor in it counts the rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpkit.errors import UnsupportedLoader
+
+Batch = Any
+
+
+def map_tensors(function: Callable[[Tensor], Any], batch: Batch) -> Batch:
+    """The same structure with ``function`` applied to each tensor; leaves of other types stay as they are."""
+    if isinstance(batch, Tensor):
+        return function(batch)
+    if isinstance(batch, Mapping):
+        items = {key: map_tensors(function, value) for key, value in batch.items()}
+        return items if type(batch) is dict else type(batch)(items)  # e.g. a tokenizer's BatchEncoding stays one
+    if isinstance(batch, tuple):
+        items = [map_tensors(function, value) for value in batch]
+        return type(batch)(*items) if hasattr(batch, "_fields") else tuple(items)
+    if isinstance(batch, list):
+        return [map_tensors(function, value) for value in batch]
+    return batch
+
+
+def tensors(batch: Batch) -> list[Tensor]:
+    """All tensors of the batch, in order."""
+    found: list[Tensor] = []
+    map_tensors(found.append, batch)
+    return found
+
+
+def take(batch: Batch, rows: slice | Tensor) -> Batch:
+    """The given rows of every tensor."""
+    return map_tensors(lambda tensor: tensor[rows], batch)
+
+
+def blank(template: Batch, rows: int) -> Batch:
+    """``rows`` rows of zeros in the structure of ``template``."""
+    return map_tensors(lambda tensor: tensor.new_zeros((rows, *tensor.shape[1:])), template)
+
+
+def pad(batch: Batch, rows: int) -> Batch:
+    """The batch with rows of zeros appended until it has ``rows`` rows."""
+    return map_tensors(
+        lambda tensor: torch.cat([tensor, tensor.new_zeros((rows - len(tensor), *tensor.shape[1:]))]), batch
+    )
+
+
+def check_rows(batch: Batch, rows: int) -> None:
+    """Refuse a collated batch whose tensors do not all have ``rows`` rows, or that has leaves that cannot be padded.
+
+    Raises:
+      UnsupportedLoader: naming the leaf.
+    """
+
+    def check(leaf: Any, path: str) -> None:
+        if isinstance(leaf, Tensor):
+            if leaf.dim() == 0 or len(leaf) != rows:
+                raise UnsupportedLoader(
+                    f"collate_fn returned {path} of shape {tuple(leaf.shape)} for {rows} examples; axis 0 of every "
+                    "tensor must count the examples, because padding rows are added and dropped along it."
+                )
+        elif isinstance(leaf, Mapping):
+            for key, value in leaf.items():
+                check(value, f"{path}[{key!r}]")
+        elif isinstance(leaf, (tuple, list)):
+            for number, value in enumerate(leaf):
+                check(value, f"{path}[{number}]")
+        else:
+            raise UnsupportedLoader(
+                f"collate_fn returned {path} of type {type(leaf).__name__}; a private batch holds tensors only (in "
+                "mappings, tuples or lists), because an empty draw becomes a row of zeros. Convert it in collate_fn or "
+                "leave it out."
+            )
+
+    check(batch, "batch")

@@ -1,0 +1,413 @@
+"""The privacy engine: attaches to a model, an optimizer and a loader, and owns the order of events.
+
+Guarantees:
+  * What reaches ``p.grad`` of an attached model has passed clip, charge and mechanism, in that order (Laws 1, 5 and 7).
+  * A unit adds to one release once: a batch is differentiated once, a logical batch is released once, and drawing the
+    next one before that is refused (Law 6).
+  * Nothing that the user's loop can count depends on the data: one ``backward`` per batch handed out, public numbers of
+    batches (Law 11).
+  * Hooks hold the engine weakly: copies and pickles of the model are plain models.
+
+Not promised: a loss that mixes examples inside the user's own loop is beyond the neighbour probe, which sees the model
+only; in the functional form it sees the loss as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, default_collate
+
+import accounting
+from accounting import Budget, Ledger, PlanRecord, Relation, Statement
+from dpkit.clipping import ClipRule, Flat
+from dpkit.errors import InvalidArgument, LedgerError, OutOfOrder
+from dpkit.filters import Filter
+from dpkit.gradients import Backend, ghost, trainable
+from dpkit.mechanisms import Gaussian, Mechanism, RunKey
+from dpkit.sampling import Poisson, TruncatedPoisson
+
+from .attachment import Attachment
+from .batch import Batch, take
+from .guards import refuse_model, refuse_optimizer
+from .loader import Draws, Loading, PrivateLoader
+from .plan import Plan, steps_per_epoch
+from .probe import probe_loss
+from .step import BatchDiagnostics
+
+Model = TypeVar("Model", bound=nn.Module)
+Optimizer = TypeVar("Optimizer", bound=torch.optim.Optimizer)
+LossFunction = Callable[[Any, Batch], Tensor]
+Reduction = Literal["none", "mean", "sum"]
+
+
+class PrivacyEngine:
+    """One training run under differential privacy.
+
+    Args:
+      run_dir: folder of this run; made if missing. Holds ``ledger.sqlite`` unless ``ledger`` says otherwise.
+      ledger: path of the ledger, when several runs on one data set share it.
+      dataset_name: the name under which the data set's budget is kept, typed by you. It defaults to the run folder's
+        name and must be given with ``ledger``.
+      budget: the (ε, δ) with which a new ledger is opened; defaults to what the first plan costs. An existing ledger
+        keeps its own.
+      seed: None (the default) takes all randomness of sampling and noise from the operating system. A number makes a run
+        repeatable and not certified.
+    Raises:
+      InvalidArgument: when ``ledger`` is given without ``dataset_name``.
+      LedgerError: when the ledger exists and cannot be trusted, or a used run folder has lost it.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        *,
+        ledger: str | Path | None = None,
+        dataset_name: str | None = None,
+        budget: Budget | None = None,
+        seed: int | None = None,
+    ) -> None:
+        if ledger is not None and dataset_name is None:
+            raise InvalidArgument(
+                "a ledger belongs to one named data set; pass dataset_name= together with ledger=, the same name in "
+                "every run on that data set."
+            )
+        self.run_dir = Path(run_dir)
+        self._ledger_path = Path(ledger) if ledger is not None else self.run_dir / "ledger.sqlite"
+        self._dataset_name = dataset_name if dataset_name is not None else self.run_dir.resolve().name
+        self._budget = budget
+        self._run_key = RunKey(seed)
+        self._ledger: Ledger | None = None
+        if self._ledger_path.exists():
+            self._ledger = Ledger.open(self._ledger_path, dataset_name=self._dataset_name)
+        elif ledger is None and (self.run_dir / "nonprivate").exists():
+            raise LedgerError(
+                f"{self.run_dir} was used by an earlier run and its ledger.sqlite is gone, so what was spent on this "
+                "data is unknown. Put the ledger back, or start in a new folder knowing that the earlier run counts."
+            )
+        self._attached: Attachment | None = None
+
+    # -- attaching ----------------------------------------------------------------------------------------------------
+
+    def make_private(
+        self,
+        model: Model,
+        optimizer: Optimizer,
+        loader: DataLoader[Any],
+        *,
+        target_delta: float,
+        target_epsilon: float | None = None,
+        noise_multiplier: float | None = None,
+        mechanism: Mechanism | None = None,
+        epochs: int | None = None,
+        steps: int | None = None,
+        max_grad_norm: float | None = None,
+        clipping: ClipRule | None = None,
+        filters: tuple[Filter, ...] = (),
+        num_examples: int | None = None,
+        relation: Relation | None = None,
+        max_physical_batch_size: int | None = None,
+        loss_reduction: Reduction = "none",
+        probe_batch: Batch | None = None,
+    ) -> tuple[Model, Optimizer, PrivateLoader]:
+        """Attach to a training loop that exists. The same model and optimizer come back, with a private loader.
+
+        Args:
+          model: trainable parameters must all have per-sample gradient rules.
+          optimizer: any optimizer that moves by ``p.grad`` alone.
+          loader: its ``batch_size`` becomes the expected batch size; collate_fn, workers and pinning are kept.
+          target_delta: δ.
+          target_epsilon: ε to stay within after all steps; or give ``noise_multiplier``, or a ``mechanism``.
+          epochs: passes over the data, each of ceil(N / batch_size) logical steps; or give ``steps``.
+          max_grad_norm: C of flat clipping; or give a ``clipping`` rule.
+          num_examples: the public N. Left out, ``len(dataset)`` is declared public and the relation is zero-out.
+          relation: neighbouring relation; add/remove when N is given.
+          max_physical_batch_size: cut each logical batch into a public number of microbatches of this size. Batches are
+            then drawn by truncated Poisson sampling with cap B + 6√B, and accounted as that.
+          loss_reduction: "none" for ``engine.backward(losses)`` with one loss per example, the documented way; "mean" or
+            "sum" when the loop reduces the loss itself, with ``engine.backward(loss)`` or ``loss.backward()``.
+          probe_batch: a public or synthetic batch as ``collate_fn`` returns it; gives the structure of a batch when the
+            data set is empty.
+        Raises:
+          dpkit.errors.Refused: when something would break the guarantee; the message names it and the way out.
+          dpkit.errors.InvalidArgument: for values outside their domain.
+          accounting.TargetUnreachable: when no noise reaches ``target_epsilon``.
+          accounting.BudgetExceeded: when the plan does not fit into what the ledger has left.
+        """
+        loading = Loading.of(loader)
+        loading.check()
+        batch_size = loader.batch_size or 1
+        public_n = len(loading.dataset) if num_examples is None else num_examples
+        if public_n < 1:
+            raise InvalidArgument(
+                f"num_examples is {public_n}; it is the public size of the data set, at least 1: there is nothing to "
+                "train on."
+            )
+        if relation is None:
+            relation = Relation.ZERO_OUT if num_examples is None else Relation.ADD_REMOVE
+        if (epochs is None) == (steps is None):
+            raise InvalidArgument(f"epochs is {epochs} and steps is {steps}; give exactly one of them.")
+        if (max_grad_norm is None) == (clipping is None):
+            raise InvalidArgument(
+                f"max_grad_norm is {max_grad_norm} and clipping is {clipping}; give exactly one of them."
+            )
+        if clipping is None:
+            clipping = Flat(float(max_grad_norm or 0.0))
+        per_pass = steps_per_epoch(public_n, batch_size)
+        sample_rate = min(1.0, batch_size / public_n)
+        sampler = (
+            Poisson(sample_rate)
+            if max_physical_batch_size is None
+            else TruncatedPoisson(sample_rate, TruncatedPoisson.cap_for(sample_rate * public_n))
+        )
+        total = steps if steps is not None else (epochs or 0) * per_pass
+
+        def plan_with(chosen: Mechanism) -> Plan:
+            return Plan(
+                sampler=sampler,
+                clip=clipping,
+                mechanism=chosen,
+                steps=total,
+                num_examples=public_n,
+                delta=target_delta,
+                filters=tuple(filters),
+                relation=relation,
+            )
+
+        plan = plan_with(_mechanism(target_epsilon, noise_multiplier, mechanism, plan_with))
+        draws = Draws(plan.sampler, len(loading.dataset), self._run_key, max_physical_batch_size)
+        template = loading.template(probe_batch)
+        attached = self._attach(model, optimizer, plan, loading, draws.microbatches, target_epsilon)
+        attached.capture_loop(loss_reduction)
+        private_loader = PrivateLoader(
+            loading,
+            draws,
+            template,
+            microbatch_size=max_physical_batch_size,
+            steps_per_pass=per_pass,
+            begin_pass=lambda: attached.begin_pass(per_pass),
+            announce=attached.receive,
+        )
+        return model, optimizer, private_loader
+
+    def attach(
+        self,
+        model: nn.Module,
+        loss_fn: LossFunction,
+        optimizer: torch.optim.Optimizer,
+        *,
+        plan: Plan,
+        dataset: Any,
+        backend: Backend = ghost,
+        collate_fn: Callable[[list[Any]], Batch] = default_collate,
+        max_physical_batch_size: int | None = None,
+        probe_batch: Batch | None = None,
+    ) -> Callable[[Batch], None]:
+        """The functional form: a step function for a loop written from scratch.
+
+        ``for batch in engine.batches(): step(batch)`` trains for ``plan.steps`` steps. The step cuts the batch into
+        microbatches of ``max_physical_batch_size`` rows itself, so that it needs no truncation.
+
+        Args:
+          loss_fn: ``loss_fn(model, batch) -> (B,)``, one loss per example.
+          backend: ``dpkit.ghost`` (book-keeping) or ``dpkit.vmap`` (functorch; slower, takes any differentiable model).
+          probe_batch: a public batch for the neighbour probe; left out, a synthetic one is made.
+        Returns: ``step(batch)``, which clips, charges, releases and steps the optimizer.
+        Raises:
+          dpkit.errors.Refused: when something would break the guarantee; the message names it and the way out.
+          accounting.BudgetExceeded: when the plan does not fit into what the ledger has left.
+        """
+        loading = Loading(dataset, collate_fn)
+        loading.check()
+        if max_physical_batch_size is not None and max_physical_batch_size < 1:
+            raise InvalidArgument(f"max_physical_batch_size is {max_physical_batch_size}; it must be at least 1.")
+        largest = plan.sampler.largest_batch(plan.num_examples)
+        chunk = max_physical_batch_size or largest
+        template = loading.template(probe_batch)
+        probe_loss(model, loss_fn, template if probe_batch is None else probe_batch, backend)
+        attached = self._attach(model, optimizer, plan, loading, -(-largest // chunk))
+        attached.batches = PrivateLoader(
+            loading,
+            Draws(plan.sampler, len(dataset), self._run_key, None),
+            template,
+            microbatch_size=None,
+            steps_per_pass=plan.steps,
+            begin_pass=lambda: attached.begin_pass(plan.steps),
+            announce=attached.receive,
+        )
+
+        def step(batch: Batch) -> None:
+            draw = attached.take_draw()
+            for start in range(0, draw.rows, chunk):
+                rows = slice(start, min(start + chunk, draw.rows))
+                size = rows.stop - rows.start
+                gradients, _ = backend.per_sample(model, loss_fn, take(batch, rows), size)
+                attached.add(gradients, min(max(draw.real - start, 0), size))
+            attached.release()
+            optimizer.step()
+
+        return step
+
+    def batches(self) -> Iterator[Batch]:
+        """Logical batches of the functional form, ``plan.steps`` of them over the life of the engine."""
+        if self._attached is None or self._attached.batches is None:
+            raise OutOfOrder("engine.batches() belongs to the functional form; call engine.attach first.")
+        return iter(self._attached.batches)
+
+    # -- the loop -----------------------------------------------------------------------------------------------------
+
+    def backward(self, losses: Tensor) -> None:
+        """Differentiate, clip and, with the last microbatch of a logical batch, charge and release into ``p.grad``.
+
+        Args:
+          losses: (B,), one loss per row of the batch in hand; or the mean or sum of them when ``loss_reduction`` says so.
+        Raises:
+          LossShape: when the shape is another one.
+          OutOfOrder: without a batch from the private loader, or a second time for one batch.
+          UncoveredParameter: when the losses depend on a trainable tensor that the engine does not cover.
+          accounting.BudgetExceeded, accounting.LedgerError: nothing was released.
+        """
+        self._require_attached().backward(losses)
+
+    # -- what was spent -----------------------------------------------------------------------------------------------
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of this run."""
+        return self._require_attached().plan
+
+    @property
+    def steps_taken(self) -> int:
+        """Logical steps that this run has released."""
+        return 0 if self._attached is None else self._attached.steps_taken
+
+    @property
+    def nonprivate(self) -> BatchDiagnostics:
+        """Counts of the last logical batch. NOT PRIVATE: look at them, do not publish them."""
+        return self._require_attached().nonprivate
+
+    @property
+    def ledger(self) -> Ledger:
+        """The ledger that this run charges."""
+        if self._ledger is None:
+            raise OutOfOrder("there is no ledger yet; make_private or attach opens it.")
+        return self._ledger
+
+    def epsilon(self) -> accounting.Bound:
+        """ε of the steps taken so far by this run, at the plan's δ."""
+        return self.plan.epsilon(self.steps_taken)
+
+    def statement(self) -> Statement:
+        """What may be claimed for everything that the ledger has paid for."""
+        return accounting.statement(self.ledger)
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _require_attached(self) -> Attachment:
+        if self._attached is None:
+            raise OutOfOrder("the engine is not attached yet; call make_private or attach first.")
+        return self._attached
+
+    def _attach(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        plan: Plan,
+        loading: Loading,
+        microbatches: int,
+        target_epsilon: float | None = None,
+    ) -> Attachment:
+        if self._attached is not None:
+            raise OutOfOrder(
+                "this engine is attached already; a second model takes a second PrivacyEngine (ledger= lets both share "
+                "one budget)."
+            )
+        if isinstance(plan.sampler, TruncatedPoisson) and plan.relation is Relation.ADD_REMOVE:
+            # The guarantee then ranges over data sets of at most N examples (accounting.rdp): N must be a true bound.
+            if len(loading.dataset) > plan.num_examples:
+                raise InvalidArgument(
+                    f"num_examples is {plan.num_examples}, but the data set is larger; with truncated Poisson sampling "
+                    "(max_physical_batch_size) under add/remove it must be an upper bound of the size."
+                )
+        refuse_model(model)
+        parameters = trainable(model)
+        refuse_optimizer(optimizer, parameters)
+        record = self._record(plan)
+        cost = Budget(epsilon=target_epsilon or plan.epsilon().upper, delta=plan.delta)
+        self._ledger = self._open_or_create(self._budget or cost)
+        self._ledger.check(record)
+        (self.run_dir / "nonprivate").mkdir(parents=True, exist_ok=True)
+        self._attached = Attachment(
+            model,
+            optimizer,
+            plan,
+            parameters,
+            ledger=self._ledger,
+            record=record,
+            run_key=self._run_key,
+            microbatches=microbatches,
+        )
+        return self._attached
+
+    def _open_or_create(self, budget: Budget) -> Ledger:
+        if self._ledger is None:
+            self._ledger_path.parent.mkdir(parents=True, exist_ok=True)
+            return Ledger.create(self._ledger_path, dataset_name=self._dataset_name, budget=budget)
+        if self._budget is not None and self._budget != self._ledger.budget:
+            raise LedgerError(
+                f"{self._ledger_path} was opened with the budget {self._ledger.budget} and cannot be given another one "
+                f"({self._budget}) afterwards. Leave budget= out."
+            )
+        return self._ledger
+
+    def _record(self, plan: Plan) -> PlanRecord:
+        """What the ledger keeps of the plan, for the statement."""
+        return PlanRecord(
+            event=plan.event,
+            steps=plan.steps,
+            delta=plan.delta,
+            relation=plan.relation,
+            unit=plan.unit,
+            num_examples=plan.num_examples,
+            facts={
+                "clipping": str(plan.clip),
+                "max_grad_norm": plan.clip.bounds(plan.clip.init([0]))[0],
+                "noise_generator": "torch, seeded with 256 bits by the operating system; not cryptographic",
+                "certified": self._run_key.certified,
+                "certified_reason": None if self._run_key.certified else "seeded: whoever knows the seed can remove the noise",
+                "torch_version": str(torch.__version__),
+            },
+        )
+
+
+def _mechanism(
+    target_epsilon: float | None,
+    noise_multiplier: float | None,
+    mechanism: Mechanism | None,
+    plan_with: Callable[[Mechanism], Plan],
+) -> Mechanism:
+    """The mechanism that was asked for, calibrated when only its outcome was."""
+    given = [value for value in (target_epsilon, noise_multiplier, mechanism) if value is not None]
+    if len(given) != 1:
+        raise InvalidArgument(
+            f"target_epsilon is {target_epsilon}, noise_multiplier is {noise_multiplier} and mechanism is {mechanism}; "
+            "give exactly one of them."
+        )
+    if mechanism is not None:
+        return mechanism
+    if noise_multiplier is not None:
+        return Gaussian(float(noise_multiplier))
+    template = plan_with(Gaussian(1.0))
+
+    def event_of(candidate: float) -> accounting.Event:
+        return accounting.Repeated(event=plan_with(Gaussian(candidate)).event, count=template.steps)
+
+    return Gaussian(
+        accounting.calibrate_noise_multiplier(
+            float(target_epsilon or 0.0), template.delta, event_of, relation=template.relation
+        )
+    )

@@ -1,0 +1,3 @@
+"""Filters: post-processing of the released gradient before the optimizer sees it."""
+
+from .filter import Filter as Filter

@@ -1,0 +1,25 @@
+"""What a filter is: a pair of pure functions on what was released.
+
+A filter is post-processing: it sees :class:`~dpkit.types.Released` values only, so it costs no privacy (Dwork and Roth
+2014, Proposition 2.1).  It runs once per logical step, after the noise and the division by the expected batch size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from dpkit.types import Named, Released
+
+State = Any
+"""What a filter remembers between steps: a value, never changed in place."""
+
+
+class Filter(NamedTuple):
+    """``init(parameters) -> state`` and ``update(released, state) -> (released, state)``.
+
+    ``parameters`` gives names and shapes only; its values are the model's at the start and must not be kept.
+    """
+
+    init: Callable[[Named], State]
+    update: Callable[[Released, State], tuple[Released, State]]

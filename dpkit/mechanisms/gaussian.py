@@ -1,0 +1,84 @@
+"""The Gaussian mechanism: independent normal noise on every coordinate, fresh at every release.
+
+Guarantee: let Δ_{j,k} be the sensitivity of query j in group k, K_j its number of groups and s_j its noise share. The
+noise on that group has standard deviation z·Δ_{j,k}·√(K_j/s_j), so that over the whole release
+
+    Σ_j Σ_k (Δ_{j,k} / std_{j,k})² = Σ_j s_j / z² = 1 / z²,
+
+which is one Gaussian mechanism of noise multiplier z (Gaussian noise composes in the squared ratio of sensitivity to
+standard deviation, also for queries on one batch). Shares that do not add up to 1 are refused.
+
+Source: Dwork and Roth 2014, Appendix A; Balle and Wang 2018, https://arxiv.org/abs/1805.06530.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import accounting
+from dpkit.errors import InvalidArgument
+from dpkit.types import ClippedSum, Named, Query, Released
+
+from .keys import NoiseKey
+
+_SHARE_TOLERANCE = 1e-12
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Gaussian noise with standard deviation ``noise_multiplier`` times the L2 sensitivity.
+
+    Args:
+      noise_multiplier: z = standard deviation / L2 sensitivity under the plan's neighbouring relation; positive, finite.
+    Raises:
+      InvalidArgument: for a multiplier outside its domain.
+    """
+
+    noise_multiplier: float
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier > 0):
+            raise InvalidArgument(
+                f"noise_multiplier is {self.noise_multiplier}; it must be positive and finite, because without noise "
+                "no epsilon holds. `accounting.calibrate_noise_multiplier` finds one for a target epsilon."
+            )
+
+    def init(self, parameters: Named) -> tuple[()]:
+        return ()
+
+    def event(self) -> accounting.Event:
+        return accounting.Gaussian(noise_multiplier=self.noise_multiplier)
+
+    def release(self, clipped: ClippedSum, state: tuple[()], key: NoiseKey) -> tuple[Released, tuple[()]]:
+        shares = sum(query.noise_share for query in clipped.queries)
+        if any(query.noise_share <= 0 for query in clipped.queries) or abs(shares - 1.0) > _SHARE_TOLERANCE:
+            raise InvalidArgument(
+                f"the noise shares of the queries on one batch add up to {shares}, not to 1: the release would cost "
+                "more than the event says."
+            )
+        gradient, *side = (self._noisy(query, number, key) for number, query in enumerate(clipped.queries))
+        return Released(gradient, tuple(side)), state
+
+    def standard_deviations(self, query: Query) -> dict[int, float]:
+        """Group -> standard deviation of the noise on each coordinate of that group, in the units of the sum."""
+        scale = self.noise_multiplier * math.sqrt(len(query.sensitivity) / query.noise_share)
+        return {group: scale * sensitivity for group, sensitivity in query.sensitivity.items()}
+
+    def _noisy(self, query: Query, number: int, key: NoiseKey) -> Named:
+        stds = self.standard_deviations(query)
+        return {
+            name: _add_noise(value, stds[query.groups[name]], key.generator(number, name, device=value.device))
+            for name, value in query.value.items()
+        }
+
+
+def _add_noise(value: Tensor, std: float, generator: torch.Generator) -> Tensor:
+    # Drawn and added in double precision: a single-precision normal has 24-bit uniforms behind it, stops at 5.8
+    # standard deviations, and would be rounded away in a large sum.
+    noise = torch.empty(value.shape, dtype=torch.float64, device=value.device)
+    noise.normal_(0.0, std, generator=generator)
+    return (noise.add_(value)).to(torch.promote_types(value.dtype, torch.float32))

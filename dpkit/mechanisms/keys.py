@@ -1,0 +1,117 @@
+"""Keys: where the randomness of a run comes from, and why no draw is ever made twice.
+
+Guarantees:
+  * A run has 256 secret bits from the operating system. They are never written anywhere; resuming takes new ones.
+  * Each stream of random numbers has its own key, expanded by SHAKE-256 from the run's secret and the full label of the
+    stream (purpose, step, query, parameter, shard). Sampling and noise have different purposes and share nothing.
+  * A noise key exists only in exchange for a ledger receipt, which is consumed: no charge, no noise; one charge, one key.
+  * On CPU the whole 19,968-bit state of the generator is filled from the key. ``manual_seed`` would keep 32 bits of it.
+
+Not promised: PyTorch's generators (Mersenne twister on CPU, Philox with a 64-bit key on CUDA) are good statistical
+generators and not cryptographic ones, and the noise is a floating-point Gaussian.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from accounting import Receipt
+from dpkit.errors import InvalidArgument, OutOfOrder
+
+_SECRET_BYTES = 32
+_TWISTER_WORDS = 624
+_TWISTER_HEADER = 24  # bytes: the initial seed (8), words left (4), seeded flag (4), next word (8)
+
+
+def _expand(secret: bytes, purpose: str, *labels: str | int) -> bytes:
+    """32 bytes that depend on every bit of ``secret`` and on the exact sequence of labels."""
+    digest = hashlib.shake_256(secret)
+    for label in (purpose, *labels):
+        encoded = f"{type(label).__name__}:{label}".encode()
+        # Length first: without it ("ab", "c") and ("a", "bc") would be one stream.
+        digest.update(len(encoded).to_bytes(8, "little") + encoded)
+    return digest.digest(_SECRET_BYTES)
+
+
+def generator_from(key: bytes, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator whose whole state is set by ``key``.
+
+    Args:
+      key: 32 bytes; all of them matter on CPU, 64 bits expanded from all of them on CUDA.
+      device: where the numbers will be drawn.
+    """
+    device = torch.device(device)
+    if device.type != "cpu":
+        seed = int.from_bytes(hashlib.shake_256(key + b"philox").digest(8), "little", signed=True)
+        return torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator()
+    state = generator.get_state().numpy().copy()
+    words = np.frombuffer(hashlib.shake_256(key + b"twister").digest(4 * _TWISTER_WORDS), dtype="<u4")
+    state[:] = 0
+    state[8] = 1  # one word left: the next draw first regenerates the whole block from the state below
+    state[12] = 1  # seeded
+    state[_TWISTER_HEADER : _TWISTER_HEADER + 8 * _TWISTER_WORDS] = words.astype("<u8").view(np.uint8)
+    generator.set_state(torch.from_numpy(state))
+    return generator
+
+
+@dataclass(frozen=True)
+class NoiseKey:
+    """The key of one release. Made by :meth:`RunKey.noise_key` only."""
+
+    _key: bytes = field(repr=False)
+
+    def generator(self, query: int, name: str, shard: int = 0, device: torch.device | str = "cpu") -> torch.Generator:
+        """The generator of one tensor of the release."""
+        return generator_from(_expand(self._key, "tensor", query, name, shard), device)
+
+
+class RunKey:
+    """The secret of one run.
+
+    Args:
+      seed: None takes 256 bits from the operating system. A number makes noise and sampling reproducible for research
+        and debugging: anybody who knows it can remove the noise, so such a run is never certified.
+    Raises:
+      InvalidArgument: when the seed is not an integer.
+    """
+
+    def __init__(self, seed: int | None = None) -> None:
+        if seed is None:
+            self._secret = os.urandom(_SECRET_BYTES)
+        elif isinstance(seed, int) and not isinstance(seed, bool):
+            self._secret = hashlib.sha256(b"dpkit seeded run, not certified" + str(seed).encode()).digest()
+        else:
+            raise InvalidArgument(f"seed is {seed!r}; give an integer, or None for noise that nobody can repeat.")
+        self.certified = seed is None
+        self._plan_id: str | None = None
+
+    def __repr__(self) -> str:
+        return f"RunKey(certified={self.certified})"
+
+    def __reduce__(self) -> str | tuple[object, ...]:
+        raise TypeError("a RunKey is never copied or stored: two runs with one key share their noise")
+
+    def sampling(self, draw: int) -> torch.Generator:
+        """The CPU generator that selects the units of the ``draw``-th batch of this run."""
+        return generator_from(_expand(self._secret, "sampling", draw))
+
+    def noise_key(self, receipt: Receipt) -> NoiseKey:
+        """The key of the release that ``receipt`` has paid for.
+
+        Raises:
+          accounting.LedgerError: when the receipt was already used.
+          OutOfOrder: when it is of another plan than the receipts before it.
+        """
+        if self._plan_id not in (None, receipt.plan_id):
+            raise OutOfOrder("one run key serves one plan: the steps of two plans would share their noise.")
+        self._plan_id = receipt.plan_id
+        receipt.consume()
+        # The ledger numbers the steps of a plan, so no two receipts give one key. Not the plan's random name: a seeded
+        # run is to repeat itself.
+        return NoiseKey(_expand(self._secret, "noise", receipt.step))

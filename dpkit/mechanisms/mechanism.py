@@ -1,0 +1,33 @@
+"""What a mechanism is: the only door between sensitive sums and the world.
+
+A mechanism turns a :class:`~dpkit.types.ClippedSum` into a :class:`~dpkit.types.Released` and says which event that was.
+Noise and event come from the same fields of the same object, so that the ledger cannot tell another story than the noise.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from accounting import Event
+from dpkit.types import ClippedSum, Named, Released
+
+from .keys import NoiseKey
+
+State = Any
+"""What a mechanism remembers between releases (correlated noise does; independent noise does not)."""
+
+
+class Mechanism(Protocol):
+    """Adds noise to the queries on one batch, as one joint event."""
+
+    def init(self, parameters: Named) -> State:
+        """The state before the first release; ``parameters`` gives names and shapes."""
+        ...
+
+    def release(self, clipped: ClippedSum, state: State, key: NoiseKey) -> tuple[Released, State]:
+        """Noisy sums, in the units of the sums: nothing is divided here."""
+        ...
+
+    def event(self) -> Event:
+        """What one release costs when the whole data set takes part; samplers wrap it."""
+        ...
