@@ -4,8 +4,8 @@
     model, optimizer, loader = engine.make_private(model, optimizer, loader, num_examples=60_000, target_epsilon=3.0,
                                                    target_delta=1e-5, epochs=20, max_grad_norm=1.0)
 
-The public surface is what ``__all__`` lists. Names are loaded when first used, so that ``import dpkit`` (and every command
-that only counts) does not import torch.
+The public surface is what ``__all__`` lists. Names are loaded when first used, so that ``import dpkit`` (and every
+command that only counts) does not import torch.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Samplers: which units take part in a step, and which event that makes of the mechanism's.
 
-Guarantee: a sampler draws from the generator it is given and from the size of the population alone, includes each unit at
-most once, and states the event of exactly that draw. The realised size is private; only ``sample_rate`` and
+Guarantee: a sampler draws from the generator it is given and from the size of the population alone, includes each unit
+at most once, and states the event of exactly that draw. The realised size is private; only ``sample_rate`` and
 ``expected_batch`` may divide anything.
 
-Sources: Poisson sampling: Mironov, Talwar and Zhang 2019, https://arxiv.org/abs/1908.10530. Truncation: the proof stands
-in ``accounting.rdp``.
+Sources: Poisson sampling: Mironov, Talwar and Zhang 2019, https://arxiv.org/abs/1908.10530. Truncation: the proof
+stands in ``accounting.rdp``.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ class Poisson:
 class TruncatedPoisson:
     """A Poisson draw; when it has more than ``cap`` units, ``cap`` of them chosen uniformly.
 
-    Gives a batch a public largest size, which makes the number of microbatches public. It is accounted as what it is: see
-    ``accounting.TruncatedPoisson``.
+    Gives a batch a public largest size, which makes the number of microbatches public. It is accounted as what it is:
+    see ``accounting.TruncatedPoisson``.
 
     Args:
       sample_rate: q in (0, 1].

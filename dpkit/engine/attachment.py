@@ -76,8 +76,8 @@ class Attachment:
         """Public number of logical steps of the pass that begins: no more than the plan has left."""
         if self._sum is not None and not self._failed:
             raise OutOfOrder(
-                "a new pass over the loader began in the middle of a logical batch, whose microbatches would be lost or "
-                "counted twice. Finish the pass, or break out of it only after a logical batch."
+                "a new pass over the loader began in the middle of a logical batch, whose microbatches would be lost "
+                "or counted twice. Finish the pass, or break out of it only after a logical batch."
             )
         self._draw = None  # a batch that was only looked at: nothing of it was used
         return min(steps_per_pass, self.plan.steps - self.steps_taken)
@@ -86,8 +86,8 @@ class Attachment:
         """The loader hands out the next batch."""
         if self._failed:
             raise OutOfOrder(
-                "an earlier batch of this run failed and was not released; going on without it would show that. Mend the "
-                "cause and start a new run; what was charged stays charged."
+                "an earlier batch of this run failed and was not released; going on without it would show that. Mend "
+                "the cause and start a new run; what was charged stays charged."
             )
         if self._draw is not None:
             raise OutOfOrder(
@@ -182,7 +182,7 @@ class Attachment:
 
     def _finish(self, draw: Draw) -> None:
         assert self.capture is not None
-        self._refuse_changes()
+        self.refuse_changes()
         self.clear_gradients()
         if not self.capture.pending:
             raise OutOfOrder(
@@ -196,14 +196,15 @@ class Attachment:
         else:
             self._failed = False
 
-    def _refuse_changes(self) -> None:
+    def refuse_changes(self) -> None:
+        """Refuse a model whose trainable parameters or batch statistics are not those that were attached."""
         refuse_batch_statistics(self._model)
         now = {id(p) for p in trainable(self._model).values()}
         if now != self._names.keys():
             names = [name for name, p in trainable(self._model).items() if id(p) not in self._names]
             raise UncoveredParameter(
-                f"the trainable parameters changed after the engine was attached (new: {', '.join(names) or 'none'}), so "
-                "what is clipped is not what is trained. Freeze or unfreeze before make_private."
+                f"the trainable parameters changed after the engine was attached (new: {', '.join(names) or 'none'}), "
+                "so what is clipped is not what is trained. Freeze or unfreeze before make_private."
             )
 
     # -- hooks --------------------------------------------------------------------------------------------------------
@@ -259,8 +260,8 @@ class Attachment:
         self._versions = None
         if moved:
             raise UnsupportedOptimizer(
-                f"{type(optimizer).__name__} moved parameter '{moved[0]}' in a step without gradients; between releases "
-                "nothing may move. Use an optimizer that skips parameters whose gradient is None (all of torch.optim)."
+                f"{type(optimizer).__name__} moved parameter '{moved[0]}' in a step without gradients; "
+                "between releases nothing may move. Use an optimizer that skips parameters whose gradient is None (all of torch.optim)."
             )
 
     def _probe_first_call(self, args: Any, kwargs: Any) -> None:

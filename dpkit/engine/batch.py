@@ -22,7 +22,8 @@ def map_tensors(function: Callable[[Tensor], Any], batch: Batch) -> Batch:
         return function(batch)
     if isinstance(batch, Mapping):
         items = {key: map_tensors(function, value) for key, value in batch.items()}
-        return items if type(batch) is dict else type(batch)(items)  # e.g. a tokenizer's BatchEncoding stays one
+        kind: Any = type(batch)
+        return items if kind is dict else kind(items)  # e.g. a tokenizer's BatchEncoding stays one
     if isinstance(batch, tuple):
         items = [map_tensors(function, value) for value in batch]
         return type(batch)(*items) if hasattr(batch, "_fields") else tuple(items)

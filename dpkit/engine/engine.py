@@ -55,8 +55,8 @@ class PrivacyEngine:
         name and must be given with ``ledger``.
       budget: the (ε, δ) with which a new ledger is opened; defaults to what the first plan costs. An existing ledger
         keeps its own.
-      seed: None (the default) takes all randomness of sampling and noise from the operating system. A number makes a run
-        repeatable and not certified.
+      seed: None (the default) takes all randomness of sampling and noise from the operating system. A number makes a
+        run repeatable and not certified.
     Raises:
       InvalidArgument: when ``ledger`` is given without ``dataset_name``.
       LedgerError: when the ledger exists and cannot be trusted, or a used run folder has lost it.
@@ -128,8 +128,8 @@ class PrivacyEngine:
           relation: neighbouring relation; add/remove when N is given.
           max_physical_batch_size: cut each logical batch into a public number of microbatches of this size. Batches are
             then drawn by truncated Poisson sampling with cap B + 6√B, and accounted as that.
-          loss_reduction: "none" for ``engine.backward(losses)`` with one loss per example, the documented way; "mean" or
-            "sum" when the loop reduces the loss itself, with ``engine.backward(loss)`` or ``loss.backward()``.
+          loss_reduction: "none" for ``engine.backward(losses)`` with one loss per example, the documented way; "mean"
+            or "sum" when the loop reduces the loss itself, with ``engine.backward(loss)`` or ``loss.backward()``.
           probe_batch: a public or synthetic batch as ``collate_fn`` returns it; gives the structure of a batch when the
             data set is empty.
         Raises:
@@ -242,6 +242,7 @@ class PrivacyEngine:
 
         def step(batch: Batch) -> None:
             draw = attached.take_draw()
+            attached.refuse_changes()
             for start in range(0, draw.rows, chunk):
                 rows = slice(start, min(start + chunk, draw.rows))
                 size = rows.stop - rows.start
@@ -264,7 +265,8 @@ class PrivacyEngine:
         """Differentiate, clip and, with the last microbatch of a logical batch, charge and release into ``p.grad``.
 
         Args:
-          losses: (B,), one loss per row of the batch in hand; or the mean or sum of them when ``loss_reduction`` says so.
+          losses: (B,), one loss per row of the batch in hand; or the mean or sum of them, as ``loss_reduction``
+            says.
         Raises:
           LossShape: when the shape is another one.
           OutOfOrder: without a batch from the private loader, or a second time for one batch.
@@ -326,13 +328,13 @@ class PrivacyEngine:
                 "this engine is attached already; a second model takes a second PrivacyEngine (ledger= lets both share "
                 "one budget)."
             )
-        if isinstance(plan.sampler, TruncatedPoisson) and plan.relation is Relation.ADD_REMOVE:
-            # The guarantee then ranges over data sets of at most N examples (accounting.rdp): N must be a true bound.
-            if len(loading.dataset) > plan.num_examples:
-                raise InvalidArgument(
-                    f"num_examples is {plan.num_examples}, but the data set is larger; with truncated Poisson sampling "
-                    "(max_physical_batch_size) under add/remove it must be an upper bound of the size."
-                )
+        # Truncation under add/remove promises for data sets of at most N examples (accounting.rdp): N must be a bound.
+        bounded = isinstance(plan.sampler, TruncatedPoisson) and plan.relation is Relation.ADD_REMOVE
+        if bounded and len(loading.dataset) > plan.num_examples:
+            raise InvalidArgument(
+                f"num_examples is {plan.num_examples}, but the data set is larger; with truncated Poisson sampling "
+                "(max_physical_batch_size) under add/remove it must be an upper bound of the size."
+            )
         refuse_model(model)
         parameters = trainable(model)
         refuse_optimizer(optimizer, parameters)
@@ -366,6 +368,7 @@ class PrivacyEngine:
 
     def _record(self, plan: Plan) -> PlanRecord:
         """What the ledger keeps of the plan, for the statement."""
+        certified = self._run_key.certified
         return PlanRecord(
             event=plan.event,
             steps=plan.steps,
@@ -377,8 +380,8 @@ class PrivacyEngine:
                 "clipping": str(plan.clip),
                 "max_grad_norm": plan.clip.bounds(plan.clip.init([0]))[0],
                 "noise_generator": "torch, seeded with 256 bits by the operating system; not cryptographic",
-                "certified": self._run_key.certified,
-                "certified_reason": None if self._run_key.certified else "seeded: whoever knows the seed can remove the noise",
+                "certified": certified,
+                "certified_reason": None if certified else "seeded: whoever knows the seed can remove the noise",
                 "torch_version": str(torch.__version__),
             },
         )

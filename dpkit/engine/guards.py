@@ -1,7 +1,7 @@
 """What the engine refuses before it touches private data, and what it refuses while it runs.
 
-Each function either returns or raises a :class:`dpkit.errors.Refused` that names the thing, the rule and the way out. All of
-them decide on public things: types, names, shapes, and the structure of the computation.
+Each function either returns or raises a :class:`dpkit.errors.Refused` that names the thing, the rule and the way out.
+All of them decide on public things: types, names, shapes, and the structure of the computation.
 """
 
 from __future__ import annotations
@@ -25,10 +25,14 @@ def refuse_model(model: nn.Module) -> None:
     Raises:
       UnsupportedModule: naming the module.
     """
-    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+    if (
+        torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_world_size() > 1
+    ):
         raise UnsupportedModule(
-            f"torch.distributed runs {torch.distributed.get_world_size()} processes, and this version of dpkit trains in "
-            "one: each process would draw its own batch and add its own noise. Start a single process."
+            f"torch.distributed runs {torch.distributed.get_world_size()} processes, and this version of dpkit "
+            "trains in one: each process would draw its own batch and add its own noise. Start a single process."
         )
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise UnsupportedModule(
@@ -48,9 +52,10 @@ def refuse_batch_statistics(model: nn.Module) -> None:
         moves_statistics = module.training and getattr(module, "track_running_stats", False)
         if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
             raise UnsupportedModule(
-                f"{type(module).__name__} at '{path}' normalises over the batch, so one example changes the gradients of "
-                "all others and no clip can bound it. Replace it by nn.GroupNorm (opacus.validators.ModuleValidator.fix "
-                "does that), or freeze it: put it into eval() mode with its running statistics."
+                f"{type(module).__name__} at '{path}' normalises over the batch, so one example changes the "
+                "gradients of all others and no clip can bound it. Replace it by nn.GroupNorm "
+                "(opacus.validators.ModuleValidator.fix does that), or freeze it: put it into eval() mode with its "
+                "running statistics."
             )
         if isinstance(module, _InstanceNorm) and moves_statistics:
             raise UnsupportedModule(
@@ -67,8 +72,8 @@ def refuse_optimizer(optimizer: torch.optim.Optimizer, parameters: Mapping[str, 
     """
     if isinstance(optimizer, torch.optim.LBFGS):
         raise UnsupportedOptimizer(
-            "LBFGS evaluates the loss several times in one step, and each evaluation would be a release of its own. Use "
-            "an optimizer that needs one gradient a step (SGD, Adam, AdamW, ...)."
+            "LBFGS evaluates the loss several times in one step, and each evaluation would be a release of its own. "
+            "Use an optimizer that needs one gradient a step (SGD, Adam, AdamW, ...)."
         )
     covered = {id(p) for p in parameters.values()}
     for number, group in enumerate(optimizer.param_groups):
@@ -129,7 +134,8 @@ def refuse_loss_shape(losses: Tensor, rows: int, reduction: str) -> None:
         )
     if reduction == "none" and tuple(losses.shape) != (rows,):
         raise LossShape(
-            f"the losses have shape {tuple(losses.shape)}; engine.backward takes one loss per example, shape ({rows},): "
+            f"the losses have shape {tuple(losses.shape)}; engine.backward takes one loss per example, shape "
+            f"({rows},): "
             'use reduction="none" and reduce each example\'s own axes. A loop that must reduce the batch says '
             'loss_reduction="mean" or "sum" in make_private.'
         )

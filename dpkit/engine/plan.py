@@ -1,7 +1,8 @@
 """The plan: the one object that owns σ, C, q, N, unit and relation.
 
 Sampler, divisor, noise and ledger event are all derived from here; nothing else keeps a copy. Two runs with equal plans
-have equal guarantees: how a run executes (backend, microbatch size, device) is told to the engine and is not in the plan.
+have equal guarantees: how a run executes (backend, microbatch size, device) is told to the engine and is not in the
+plan.
 """
 
 from __future__ import annotations

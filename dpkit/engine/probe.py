@@ -1,17 +1,17 @@
 """The neighbour probe: does one example's gradient depend on another example?
 
-Clipping bounds what an example adds through its own gradient. If it also moves the gradients of others, no clip bounds its
-influence. Before the first charge the engine therefore runs a small synthetic (or public) batch as it is, and again with
-one example replaced by one of other values and another length, and requires that
+Clipping bounds what an example adds through its own gradient. If it also moves the gradients of others, no clip bounds
+its influence. Before the first charge the engine therefore runs a small synthetic (or public) batch as it is, and
+again with one example replaced by one of other values and another length, and requires that
 
   1. the recorded gradient of every other example stays the same,
   2. the recorded gradients add up to autograd's gradient of the summed loss,
   3. book-keeping and functorch (vmap) agree, where functorch can run the model,
   4. no buffer of the model ends up elsewhere.
 
-It answers with nothing or with a refusal, never with a number, and private data decides nothing: only shapes and types of
-a batch are used. It is a test and not a proof: a dependence at a rarely taken branch, or (in the form with the user's own
-loop) one inside the user's loss, is not seen.
+It answers with nothing or with a refusal, never with a number, and private data decides nothing: only shapes and types
+of a batch are used. It is a test and not a proof: a dependence at a rarely taken branch, or (in the form with the
+user's own loop) one inside the user's loss, is not seen.
 """
 
 from __future__ import annotations
@@ -111,12 +111,13 @@ def _compare(
         raise
     except Exception as error:  # the user's model may raise anything on made-up values
         raise CrossExample(
-            f"the neighbour probe could not run the model on a synthetic batch ({type(error).__name__}: {error}). Pass a "
-            "public batch: engine.attach(model, loss_fn, ..., probe_batch=...)."
+            f"the neighbour probe could not run the model on a synthetic batch ({type(error).__name__}: {error}). "
+            "Pass a public batch: engine.attach(model, loss_fn, ..., probe_batch=...)."
         ) from error
     if moved:
         raise UnsupportedModule(
-            f"buffer '{moved[0]}' moves with the batch, and no noise protects it. Freeze it, or compute it from public data."
+            f"buffer '{moved[0]}' moves with the batch, and no noise protects it. Freeze it, or compute it from "
+            "public data."
         )
     tolerance = _tolerance(parameters)
     _require(
@@ -130,7 +131,8 @@ def _compare(
     summed = {name: torch.stack([row[name] for row in recorded]).sum(0) for name in parameters}
     _require(
         _worst([summed], [reference], tolerance),
-        "as recorded per example does not add up to autograd's gradient: the parameter is used in a way that was not seen",
+        "as recorded per example does not add up to autograd's gradient: the parameter is used in a way that was not "
+        "seen",
     )
     if backend is not vmap:
         try:
@@ -146,7 +148,7 @@ def _rows_of(gradients: PerSample, parameters: dict[str, nn.Parameter]) -> list[
     for row in range(gradients.size):
         weights = torch.zeros(gradients.size, device=next(iter(parameters.values())).device)
         weights[row] = 1.0
-        found = dict(gradients.weighted_sum({name: weights for name in parameters}))
+        found = dict(gradients.weighted_sum(dict.fromkeys(parameters, weights)))
         rows.append({name: found.get(name, torch.zeros_like(p)).detach() for name, p in parameters.items()})
     return rows
 

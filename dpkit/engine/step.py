@@ -1,10 +1,10 @@
 """One logical step, as functions: per-sample gradients in, a clipped sum out; a clipped sum in, a release out.
 
 Guarantees (Laws 1, 3, 4 and 7 of the design):
-  * :class:`ClippedAccumulator` holds a sum to which each unit adds at most the rule's bound, and nothing if its gradient
-    is not finite. Nothing is divided by the size of a batch.
-  * :func:`release` charges the ledger, durably, before it asks for noise; what it returns has passed the mechanism and is
-    divided by the public expected batch size alone.
+  * :class:`ClippedAccumulator` holds a sum to which each unit adds at most the rule's bound, and nothing if its
+    gradient is not finite. Nothing is divided by the size of a batch.
+  * :func:`release` charges the ledger, durably, before it asks for noise; what it returns has passed the mechanism and
+    is divided by the public expected batch size alone.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def release(
     released = released._replace(value={name: v / plan.expected_batch for name, v in released.value.items()})
     filter_states = []
     for filter_, filter_state in zip(plan.filters, state.filters, strict=True):
-        released, filter_state = filter_.update(released, filter_state)
-        filter_states.append(filter_state)
+        released, after = filter_.update(released, filter_state)
+        filter_states.append(after)
     state.filters = tuple(filter_states)
     return released

@@ -33,7 +33,8 @@ class Gaussian:
     """Gaussian noise with standard deviation ``noise_multiplier`` times the L2 sensitivity.
 
     Args:
-      noise_multiplier: z = standard deviation / L2 sensitivity under the plan's neighbouring relation; positive, finite.
+      noise_multiplier: z = standard deviation / L2 sensitivity under the plan's neighbouring relation; positive,
+        finite.
     Raises:
       InvalidArgument: for a multiplier outside its domain.
     """

@@ -4,7 +4,8 @@ Guarantees:
   * A run has 256 secret bits from the operating system. They are never written anywhere; resuming takes new ones.
   * Each stream of random numbers has its own key, expanded by SHAKE-256 from the run's secret and the full label of the
     stream (purpose, step, query, parameter, shard). Sampling and noise have different purposes and share nothing.
-  * A noise key exists only in exchange for a ledger receipt, which is consumed: no charge, no noise; one charge, one key.
+  * A noise key exists only in exchange for a ledger receipt, which is consumed: no charge, no noise; one charge,
+    one key.
   * On CPU the whole 19,968-bit state of the generator is filled from the key. ``manual_seed`` would keep 32 bits of it.
 
 Not promised: PyTorch's generators (Mersenne twister on CPU, Philox with a 64-bit key on CUDA) are good statistical

@@ -1,7 +1,8 @@
 """What a mechanism is: the only door between sensitive sums and the world.
 
-A mechanism turns a :class:`~dpkit.types.ClippedSum` into a :class:`~dpkit.types.Released` and says which event that was.
-Noise and event come from the same fields of the same object, so that the ledger cannot tell another story than the noise.
+A mechanism turns a :class:`~dpkit.types.ClippedSum` into a :class:`~dpkit.types.Released` and says which event that
+was. Noise and event come from the same fields of the same object, so that the ledger cannot tell another story than
+the noise.
 """
 
 from __future__ import annotations

@@ -116,7 +116,9 @@ def test_the_gradient_is_the_clipped_sum_over_the_expected_batch(tmp_path: Path)
         optimizer.step()
 
 
-@pytest.mark.parametrize(("reduction", "through"), [("mean", "engine"), ("sum", "engine"), ("mean", "loss"), ("sum", "loss")])
+@pytest.mark.parametrize(
+    ("reduction", "through"), [("mean", "engine"), ("sum", "engine"), ("mean", "loss"), ("sum", "loss")]
+)
 def test_reduced_losses_give_the_same_gradients(tmp_path: Path, reduction: str, through: str) -> None:
     gradients = []
     for number, (mode, how) in enumerate([("none", "engine"), (reduction, through)]):

@@ -283,7 +283,13 @@ def test_one_engine_takes_one_model(tmp_path: Path) -> None:
 
 def test_calls_before_attaching_say_what_comes_first(tmp_path: Path) -> None:
     engine = PrivacyEngine(tmp_path / "run")
-    for call in (lambda: engine.plan, engine.epsilon, engine.statement, engine.batches, lambda: engine.backward(torch.ones(1))):
+    for call in (
+        lambda: engine.plan,
+        engine.epsilon,
+        engine.statement,
+        engine.batches,
+        lambda: engine.backward(torch.ones(1)),
+    ):
         with pytest.raises(OutOfOrder):
             call()
 

@@ -35,9 +35,7 @@ def record(steps: int = 10_000) -> PlanRecord:
 
 @pytest.fixture
 def ledger(tmp_path: Path) -> Ledger:
-    return Ledger.create(
-        tmp_path / "ledger.sqlite", dataset_name="made up", budget=Budget(epsilon=1e6, delta=1e-5)
-    )
+    return Ledger.create(tmp_path / "ledger.sqlite", dataset_name="made up", budget=Budget(epsilon=1e6, delta=1e-5))
 
 
 def query(shape: tuple[int, ...] = (1000, 1000), *, share: float = 1.0, groups: int = 1) -> Query:
@@ -45,7 +43,7 @@ def query(shape: tuple[int, ...] = (1000, 1000), *, share: float = 1.0, groups: 
     return Query(
         {name: torch.zeros(shape) for name in names},
         {name: g for g, name in enumerate(names)},
-        {g: BOUND for g in range(groups)},
+        dict.fromkeys(range(groups), BOUND),
         share,
     )
 
