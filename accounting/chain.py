@@ -241,6 +241,8 @@ class Chain:
             else:
                 way = f"cannot be used ({error}). Check the path; restore the file from a backup if it is damaged."
             raise LedgerError(f"{self.path} {way}") from None
+        except UnicodeDecodeError:
+            raise _damaged(self.path, "it holds text that is no text") from None
         except OSError as error:
             raise LedgerError(
                 f"{self.path} cannot be reached ({error.strerror}). Check the path and its rights."

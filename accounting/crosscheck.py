@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
 import numpy as np
@@ -64,6 +63,8 @@ class _Judge(NamedTuple):
 
 
 def _ask(judge: _Judge, atoms: Counted, delta: float, relation: Relation) -> Check:
+    from importlib.metadata import PackageNotFoundError, version  # slow to import, and needed only here
+
     library, method, interval = judge
     try:
         release = version(library)

@@ -7,8 +7,9 @@ Anything wrong with the ledger raises ``LedgerError``: no charge, no receipt, no
 The budget rule.  A plan is one event per step, repeated a number of times that is fixed before its first release, so
 its epsilon is an accountant's bound at the planned steps.  Later plans may be chosen after seeing earlier results, and
 then joint Renyi or numerical accounting over plans is not a bound; the (epsilon, delta) of the plans add up instead
-(basic composition, Dwork and Roth 2014, theorem B.1, holds for adaptively chosen mechanisms).  The sum at the planned
-steps must stay within the budget when a plan makes its first charge; after that, counting is all a charge needs.
+(basic composition: Dwork and Roth 2014, theorem B.1, for plans chosen adaptively one after the other; Lyu 2022,
+"Composition theorems for interactive differential privacy", for plans that run at the same time).  The sum at the
+planned steps must stay within the budget when a plan makes its first charge; after that, a charge only counts.
 
 The data set is known by the name that a person typed, never by a fingerprint of its content: a fingerprint would
 differ between neighbours.  What the file guarantees is written in ``chain.py``.

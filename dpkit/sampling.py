@@ -5,7 +5,7 @@ at most once, and states the event of exactly that draw. The realised size is pr
 ``expected_batch`` may divide anything.
 
 Sources: Poisson sampling: Mironov, Talwar and Zhang 2019, https://arxiv.org/abs/1908.10530. Truncation: the proof
-stands in ``accounting.rdp``.
+stands in ``accounting.truncated``.
 """
 
 from __future__ import annotations

@@ -261,7 +261,8 @@ class Attachment:
         if moved:
             raise UnsupportedOptimizer(
                 f"{type(optimizer).__name__} moved parameter '{moved[0]}' in a step without gradients; "
-                "between releases nothing may move. Use an optimizer that skips parameters whose gradient is None (all of torch.optim)."
+                "between releases nothing may move. Use an optimizer that skips parameters whose gradient is None (all "
+                "of torch.optim)."
             )
 
     def _probe_first_call(self, args: Any, kwargs: Any) -> None:

@@ -328,12 +328,11 @@ class PrivacyEngine:
                 "this engine is attached already; a second model takes a second PrivacyEngine (ledger= lets both share "
                 "one budget)."
             )
-        # Truncation under add/remove promises for data sets of at most N examples (accounting.rdp): N must be a bound.
-        bounded = isinstance(plan.sampler, TruncatedPoisson) and plan.relation is Relation.ADD_REMOVE
-        if bounded and len(loading.dataset) > plan.num_examples:
+        # The cost of truncation is proved for data sets of at most N examples (accounting.truncated): N must be a bound.
+        if isinstance(plan.sampler, TruncatedPoisson) and len(loading.dataset) > plan.num_examples:
             raise InvalidArgument(
                 f"num_examples is {plan.num_examples}, but the data set is larger; with truncated Poisson sampling "
-                "(max_physical_batch_size) under add/remove it must be an upper bound of the size."
+                "(max_physical_batch_size) it must be an upper bound of the size."
             )
         refuse_model(model)
         parameters = trainable(model)

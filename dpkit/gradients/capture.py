@@ -149,18 +149,20 @@ class Capture(TorchFunctionMode):
 
     Attributes:
       parameters: name -> parameter; each name must be a distinct parameter that requires a gradient.
+      workspace: memory for written-out gradients, which stays allocated between steps; its own by default.
       on_forward: called with the arguments of each forward pass of an attached model that is about to be captured.
       anchor: an empty tensor that requires a gradient and is an input of every recorded operation, so that the backward
         pass reaches all of them even where the batch itself requires no gradient.
     """
 
-    def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
+    def __init__(self, parameters: dict[str, nn.Parameter], *, workspace: factors.Workspace | None = None) -> None:
         super().__init__()
         self.parameters = dict(parameters)
         device = next((p.device for p in self.parameters.values()), torch.device("cpu"))
         self.anchor = torch.empty(0, device=device, requires_grad=True)
         self._names = {id(parameter): name for name, parameter in self.parameters.items()}
         self._tape = Tape()
+        self._workspace = factors.Workspace() if workspace is None else workspace
         self._depth = 0
         self._entered: list[bool] = []
         self._handles: list[Any] = []
@@ -198,10 +200,11 @@ class Capture(TorchFunctionMode):
         ]
 
     def detach(self) -> None:
-        """Leave the model as it was before :meth:`attach`, and forget what was recorded."""
+        """Leave the model as it was before :meth:`attach`, forget what was recorded, and give its memory back."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._workspace.clear()
         self.reset()
 
     @contextmanager
@@ -269,7 +272,7 @@ class Capture(TorchFunctionMode):
         forms: dict[str, factors.Form] = {}
         for name, parameter in self.parameters.items():
             # Popped, so that activations are freed while the gradients of the next parameters are written out.
-            forms[name], taken = factors.join(uses.pop(name), parameter, size, keep_bytes)
+            forms[name], taken = factors.join(uses.pop(name), parameter, size, keep_bytes, self._workspace)
             keep_bytes -= taken
         return factors.PerSampleGradients(size, forms, {name: p.shape for name, p in self.parameters.items()})
 

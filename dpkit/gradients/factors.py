@@ -35,6 +35,7 @@ Reference: Higham, Accuracy and Stability of Numerical Algorithms (2002), sectio
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,8 +55,9 @@ KEEP_BYTES = 512 << 20
 _PARTIAL_SUMS = 4
 _SQUARES_CHAIN = 64
 _FEW_STEPS = 4
-# glibc maps blocks above 32 MiB afresh every time, at one page fault for each 4 KiB; smaller ones are reused.
-_BLOCK_BYTES = {"cpu": 24 << 20}
+# Larger blocks of main memory go back to the system when they are freed, and a page fault for each 4 KiB brings them
+# back: more than the arithmetic costs.
+_BLOCK_BYTES = {"cpu": 8 << 20}
 _BLOCK_BYTES_ELSEWHERE = 1 << 30
 # Rows of a product that stay in the second-level cache while its partial sums are added.
 _PANEL_ENTRIES = 128 << 10
@@ -79,12 +81,12 @@ class Factor(Protocol):
         """The type in which the operation was computed."""
         ...
 
-    def dense(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        """The gradients of some units, written out: (b, number of entries of the parameter)."""
+    def write(self, rows: slice, out: Tensor) -> None:
+        """Write the gradients of some units into ``out``: (b, number of entries of the parameter)."""
         ...
 
     def magnitude(self) -> Tensor:
-        """(B,) float64, at least sum_t |u_bt| |v_bt|: what rounding errors of :meth:`dense` are relative to."""
+        """(B,) float64, at least sum_t |u_bt| |v_bt|: what rounding errors of :meth:`write` are relative to."""
         ...
 
     def select(self, keep: Tensor) -> Factor:
@@ -125,8 +127,8 @@ class Dense:
     def dtype(self) -> torch.dtype:
         return self.gradients.dtype
 
-    def dense(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        return _flat(self.gradients[rows]).to(dtype)
+    def write(self, rows: slice, out: Tensor) -> None:
+        out.copy_(_flat(self.gradients[rows]))
 
     def magnitude(self) -> Tensor:
         return _sq_norms(_flat(self.gradients)).sqrt()
@@ -154,8 +156,9 @@ class Outer:
     def steps(self) -> int:
         return self.u.shape[1]
 
-    def dense(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        return torch.bmm(self.u[rows].to(dtype).mT, self.v[rows].to(dtype)).flatten(1)
+    def write(self, rows: slice, out: Tensor) -> None:
+        u, v = self.u[rows].to(out.dtype), self.v[rows].to(out.dtype)
+        torch.bmm(u.mT, v, out=out.view(len(out), u.shape[2], v.shape[2]))
 
     def left(self, rows: slice) -> Tensor:
         return self.u[rows].double()
@@ -196,11 +199,10 @@ class OneHot:
     def steps(self) -> int:
         return self.ids.shape[1]
 
-    def dense(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        ids, v = self.ids[rows], self.v[rows].to(dtype)
-        table = v.new_zeros(ids.shape[0], self.entries, v.shape[2])
-        table.scatter_add_(1, ids[:, :, None].expand_as(v), v)
-        return table.flatten(1)
+    def write(self, rows: slice, out: Tensor) -> None:
+        v = self.v[rows].to(out.dtype)
+        table = out.zero_().view(len(out), self.entries, v.shape[2])
+        table.scatter_add_(1, self.ids[rows, :, None].expand_as(v), v)
 
     def left_lengths(self) -> Tensor:
         return torch.ones(self.ids.shape, dtype=torch.float64, device=self.v.device)
@@ -237,20 +239,11 @@ class RankOne:
         else:
             v = v * weights
         (size, p), d = u.shape, v.shape[1]
-        chain = _chain(dtype, size)
-        if size <= chain:
-            with _full_precision(u.device):
-                return u.mT @ v
         panel = max(1, _PANEL_ENTRIES // max(1, d)) if u.device.type == "cpu" else p
         out = u.new_empty(p, d)
         with _full_precision(u.device):
             for top in range(0, p, panel):
-                left = u[:, top : top + panel]
-                total = _Total(left.shape[1] * d, u)
-                for first in range(0, size, chain):
-                    rows = slice(first, first + chain)
-                    total.add((left[rows].mT @ v[rows]).flatten())
-                out[top : top + panel] = total.result().view(-1, d)
+                _product(u[:, top : top + panel], v, out[top : top + panel], _chain(dtype, size))
         return out
 
     def select(self, keep: Tensor) -> RankOne:
@@ -259,30 +252,23 @@ class RankOne:
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """G_b written out, in blocks of (b, entries of the parameter) with b <= ROUNDING_CHAIN."""
+    """G_b written out: (B, entries of the parameter), in float32 or better."""
 
-    blocks: tuple[Tensor, ...]
+    gradients: Tensor
 
     def sq_norms(self) -> Tensor:
-        return torch.cat([_sq_norms(block) for block in self.blocks])
+        return _sq_norms(self.gradients)
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
-        first = self.blocks[0]
-        weights = weights.to(first.dtype)
-        total = _Total(first.shape[1], first)
-        with _full_precision(first.device):
-            for run in _runs(self.blocks, _chain(first.dtype, len(weights))):
-                partial = None
-                for start, block in run:
-                    scale = weights[start : start + len(block)]
-                    partial = block.mT @ scale if partial is None else partial.addmv_(block.mT, scale)
-                if partial is not None:
-                    total.add(partial)
-        return total.result()
+        size, entries = self.gradients.shape
+        dtype = self.gradients.dtype
+        out = self.gradients.new_empty(entries, 1)
+        with _full_precision(out.device):
+            _product(self.gradients, weights.to(dtype)[:, None], out, _chain(dtype, size))
+        return out
 
     def select(self, keep: Tensor) -> Kept:
-        parts = keep.split([len(block) for block in self.blocks])
-        return Kept(tuple(block[part] for block, part in zip(self.blocks, parts, strict=True)))
+        return Kept(self.gradients[keep])
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,8 +293,8 @@ class Coalesced:
 
     def sq_norms(self) -> Tensor:
         squares = _sq_norms(self.rows)
-        # Float64 adds of non-negative terms: 2^-40 covers as many as 8,000 tokens a unit, in any order.
-        return squares.new_zeros(self.size).index_add_(0, self.units, squares) * (1 + 2.0**-40)
+        # Float64 additions of terms of one sign: 2^-30 covers millions of tokens a unit, in any order.
+        return squares.new_zeros(self.size).index_add_(0, self.units, squares) * (1 + 2.0**-30)
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         touched, row_of = torch.unique(self.tokens, return_inverse=True)
@@ -383,7 +369,8 @@ class Recomputed:
 
     def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
         for rows in _blocks(self.factors[0].size, 8 * self.entries, self.device):
-            yield rows, _dense(self.factors, rows, torch.float64)
+            out = torch.empty(rows.stop - rows.start, self.entries, dtype=torch.float64, device=self.device)
+            yield rows, written(self.factors, rows, out)
 
 
 @dataclass(frozen=True, slots=True)
@@ -405,7 +392,36 @@ class Zero:
         return Zero(int(keep.sum()), self.entries, self.dtype, self.device)
 
 
-def join(factors: Sequence[Factor], parameter: Tensor, size: int, keep_bytes: int) -> tuple[Form, int]:
+class Workspace:
+    """Memory for written-out gradients that outlives a step, because fresh pages cost more than writing on them.
+
+    Each parameter's buffer is lent to one form at a time, and lent again when that form is gone.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[Tensor, tuple[Tensor, weakref.ref[Tensor]]] = {}
+
+    def take(self, parameter: Tensor, size: int) -> Tensor:
+        """Uninitialized memory for the gradients of ``size`` units: (size, entries), float32 or better."""
+        dtype, device = accumulation_dtype(parameter.dtype), parameter.device
+        shape = (size, parameter.numel())
+        if device.type != "cpu":
+            return torch.empty(shape, dtype=dtype, device=device)
+        buffer, lent = self._buffers.get(parameter, (None, None))
+        if buffer is None or buffer.dtype != dtype or len(buffer) < size or (lent is not None and lent() is not None):
+            buffer = torch.empty(shape, dtype=dtype)
+        rows = buffer[:size]
+        self._buffers[parameter] = (buffer, weakref.ref(rows))
+        return rows
+
+    def clear(self) -> None:
+        """Give all memory back."""
+        self._buffers.clear()
+
+
+def join(
+    factors: Sequence[Factor], parameter: Tensor, size: int, keep_bytes: int, workspace: Workspace
+) -> tuple[Form, int]:
     """The form of one parameter's gradients, and how many of ``keep_bytes`` it took.
 
     Written-out gradients are the fastest form of long sequences and convolutions as long as memory allows; a Gram
@@ -416,7 +432,7 @@ def join(factors: Sequence[Factor], parameter: Tensor, size: int, keep_bytes: in
     if not factors:
         return Zero(size, entries, dtype, device), 0
     if len(factors) == 1 and isinstance(factors[0], Dense):
-        return _keep(factors, size, entries, dtype, device), 0
+        return kept(factors[0].gradients.to(dtype)), 0
     if len(factors) == 1 and isinstance(factors[0], Outer) and factors[0].steps == 1:
         return RankOne(factors[0].u[:, 0], factors[0].v[:, 0]), 0
     one_hot = [factor for factor in factors if isinstance(factor, OneHot)]
@@ -430,7 +446,10 @@ def join(factors: Sequence[Factor], parameter: Tensor, size: int, keep_bytes: in
             return Gram(tuple(vectors), shape), 0
     if needed > keep_bytes:
         return Recomputed(tuple(factors), entries, device), 0
-    return _keep(factors, size, entries, dtype, device), needed
+    out = workspace.take(parameter, size)
+    for rows in _blocks(size, entries * dtype.itemsize, device):
+        written(factors, rows, out[rows])
+    return Kept(out), needed
 
 
 @dataclass(frozen=True, slots=True)
@@ -467,33 +486,23 @@ class PerSampleGradients:
 # ---------------------------------------------------------------------------------------------------------- arithmetic
 
 
-class _Total:
-    """A sum of partial sums: up to four in float32, then float64."""
-
-    def __init__(self, entries: int, like: Tensor) -> None:
-        self.entries, self.like = entries, like
-        self.narrow: Tensor | None = None
-        self.wide: Tensor | None = None
-        self.count = 0
-
-    def add(self, partial: Tensor) -> None:
-        """Add a tensor that the caller gives away."""
-        if self.narrow is not None and self.count % _PARTIAL_SUMS == 0:
-            self._widen(self.narrow)
-            self.narrow = None
-        self.narrow = partial if self.narrow is None else self.narrow.add_(partial)
-        self.count += 1
-
-    def result(self) -> Tensor:
-        if self.narrow is None:
-            return self.like.new_zeros(self.entries)
-        if self.wide is None:
-            return self.narrow
-        self._widen(self.narrow)
-        return self.wide.to(self.narrow.dtype)
-
-    def _widen(self, narrow: Tensor) -> None:
-        self.wide = narrow.double() if self.wide is None else self.wide.add_(narrow)
+def _product(left: Tensor, right: Tensor, out: Tensor, chain: int) -> None:
+    """``out`` = left^T right, in partial products of ``chain`` rows: four are added in place, the fours in float64."""
+    if len(left) <= chain:
+        torch.mm(left.mT, right, out=out)
+        return
+    spare, wide = torch.empty_like(out), None
+    for index, first in enumerate(range(0, len(left), chain)):
+        rows = slice(first, first + chain)
+        if index % _PARTIAL_SUMS:
+            torch.mm(left[rows].mT, right[rows], out=spare)
+            out.add_(spare)
+            continue
+        if index:
+            wide = out.double() if wide is None else wide.add_(out)
+        torch.mm(left[rows].mT, right[rows], out=out)
+    if wide is not None:
+        out.copy_(wide.add_(out))
 
 
 def _sq_norms(rows: Tensor) -> Tensor:
@@ -529,25 +538,23 @@ def _left_products(one: Outer | OneHot, other: Outer | OneHot, rows: slice) -> T
     return _left_products(other, one, rows).mT
 
 
-def _dense(factors: Sequence[Factor], rows: slice, dtype: torch.dtype) -> Tensor:
-    total = factors[0].dense(rows, dtype)
-    for factor in factors[1:]:
-        total = total + factor.dense(rows, dtype)
-    return total
-
-
 def _magnitude(factors: Sequence[Factor]) -> Tensor:
     return torch.stack([factor.magnitude() for factor in factors]).sum(0)
 
 
-def _keep(factors: Sequence[Factor], size: int, entries: int, dtype: torch.dtype, device: torch.device) -> Kept:
-    blocks = _blocks(size, entries * dtype.itemsize, device)
-    return Kept(tuple(_dense(factors, rows, dtype) for rows in blocks))
+def written(factors: Sequence[Factor], rows: slice, out: Tensor) -> Tensor:
+    """``out``, with the gradients of some units from all factors together: (b, entries of the parameter)."""
+    factors[0].write(rows, out)
+    for factor in factors[1:]:
+        more = torch.empty_like(out)
+        factor.write(rows, more)
+        out.add_(more)
+    return out
 
 
 def kept(gradients: Tensor) -> Kept:
     """Gradients (B, ...) that exist already, as a form."""
-    return Kept(_flat(gradients).split(ROUNDING_CHAIN))
+    return Kept(_flat(gradients))
 
 
 def _flat(gradients: Tensor) -> Tensor:
@@ -560,19 +567,6 @@ def _blocks(size: int, bytes_per_unit: int, device: torch.device) -> Iterator[sl
     units = max(1, min(ROUNDING_CHAIN, limit // max(1, bytes_per_unit)))
     for first in range(0, max(1, size), units):
         yield slice(first, min(size, first + units))
-
-
-def _runs(blocks: Sequence[Tensor], chain: int) -> Iterator[list[tuple[int, Tensor]]]:
-    """Consecutive blocks, with the index of their first unit, that hold at most ``chain`` units together."""
-    run: list[tuple[int, Tensor]] = []
-    start = length = 0
-    for block in blocks:
-        if run and length + len(block) > chain:
-            yield run
-            run, length = [], 0
-        run.append((start, block))
-        start, length = start + len(block), length + len(block)
-    yield run
 
 
 def _chain(dtype: torch.dtype, size: int) -> int:

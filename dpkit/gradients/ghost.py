@@ -7,13 +7,17 @@ trainable parameter needs a rule, and has the batch as the leading axis of its i
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from dpkit.gradients.backend import LossFn, check_losses, trainable
 from dpkit.gradients.capture import Capture
-from dpkit.gradients.factors import PerSampleGradients
+from dpkit.gradients.factors import PerSampleGradients, Workspace
+
+# Memory alone lives from call to call, as long as the model does.
+_WORKSPACES: WeakKeyDictionary[nn.Module, Workspace] = WeakKeyDictionary()
 
 
 def per_sample(model: nn.Module, loss_fn: LossFn, batch: Any, size: int) -> tuple[PerSampleGradients, Tensor]:
@@ -23,7 +27,7 @@ def per_sample(model: nn.Module, loss_fn: LossFn, batch: Any, size: int) -> tupl
       UnsupportedOperation: an operation on a trainable parameter has no rule, or its leading axis is not the batch.
       LossShape: the losses are not one differentiable number per unit.
     """
-    capture = Capture(trainable(model))
+    capture = Capture(trainable(model), workspace=_WORKSPACES.setdefault(model, Workspace()))
     with torch.enable_grad(), capture:
         losses = loss_fn(model, batch)
         check_losses(losses, size)

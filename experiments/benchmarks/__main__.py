@@ -1,8 +1,8 @@
 """``python -m experiments.benchmarks``: what privacy costs in time, as ratios to the plain training step.
 
 Every ratio is the median of interleaved runs in one process, so that what else the machine does hits both sides. Three
-columns: the core (forward, backward, clipped sum), the whole step (core, noise, charge, optimizer, loader), and what one
-charge and the noise take of it.
+columns: the core (forward, backward, clipped sum), the whole step (core, noise, charge, optimizer, loader), and what
+one charge and the noise take of it.
 """
 
 from __future__ import annotations

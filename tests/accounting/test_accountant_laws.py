@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 
@@ -17,6 +18,7 @@ from accounting import (
     delta,
     epsilon,
 )
+from accounting.gaussian import delta_bounds
 
 MAKERS = {
     "gaussian": lambda s, q, t: Repeated(Gaussian(s), t),
@@ -60,6 +62,17 @@ def test_a_count_is_a_repetition_and_order_does_not_matter(make):
     assert eps(Repeated(once, 4)) == pytest.approx(eps(Composed((once, once, once, once))), rel=1e-12)
     assert eps(Composed((once, other))) == pytest.approx(eps(Composed((other, once))), rel=1e-12)
     assert eps(Composed((once, other))) >= max(eps(once), eps(other))
+
+
+@pytest.mark.parametrize("noise", [0.2, 0.35, 0.7, 1.0, 2.0, 10.0, 200.0])
+@pytest.mark.parametrize("rate", [1e-5, 1e-3, 0.02, 0.3, 0.99])
+def test_one_sampled_step_is_never_below_its_closed_form(noise, rate):
+    # Of one step the truth is known: delta = q * delta_gaussian(log(1 + (e^eps - 1) / q)), in the remove direction.
+    for target in (0.01, 0.3, 1.0, 4.0, 15.0):
+        truth = rate * delta_bounds(1 / noise, math.log1p(math.expm1(target) / rate))[0]
+        assert delta(Poisson(rate, Gaussian(noise)), target, relation="add_remove").upper >= truth
+        if truth > 1e-200:
+            assert eps(Poisson(rate, Gaussian(noise)), truth) >= target * (1 - 1e-9)
 
 
 def test_two_queries_on_one_batch_cost_more_than_two_on_separate_batches():

@@ -39,7 +39,7 @@ def integrated_excess(noise: float, rate: float, order: float, *, remove: bool) 
 @pytest.mark.parametrize(
     ("noise", "rate"), [(1.0, 0.01), (0.4, 0.1), (0.25, 0.001), (2.0, 0.5), (20.0, 0.05), (1.0, 0.9), (5.0, 1e-4)]
 )
-@pytest.mark.parametrize("order", [1.01, 2, 2.75, 7.3, 24])
+@pytest.mark.parametrize("order", [1.01, 2, 2.75, 24])
 def test_a_moment_is_never_below_its_integral_and_hardly_above(noise, rate, order):
     index = int(np.flatnonzero(order == ORDERS)[0])
     ours = mpmath.exp(float(log_moment_excess(noise, rate)[index]))

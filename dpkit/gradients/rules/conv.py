@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def convolution(axes: int) -> Callable[..., Tensor]:
     """The rule of ``F.conv1d``, ``F.conv2d``, ``F.conv3d``: input (B, C, ...), weight (O, C / groups, ...)."""
 
-    def rule(  # noqa: PLR0917 - torch's own signature
+    def rule(
         call: Call,
         /,
         input: Tensor,
@@ -113,16 +113,16 @@ class Patches:
     def dtype(self) -> torch.dtype:
         return self.x.dtype
 
-    def dense(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        x, q = self.x[rows].to(dtype), self.q[rows].to(dtype)
+    def write(self, rows: slice, out: Tensor) -> None:
+        x, q = self.x[rows].to(out.dtype), self.q[rows].to(out.dtype)
         size, outputs = len(x), self.weight_shape[0]
         if size == 0:
-            return x.new_zeros(0, self.weight_shape.numel())
+            return
         # Only the shape of the weight is read.
         weight = x.new_empty(size * outputs, *self.weight_shape[1:])
         one_x, one_q = x.reshape(1, -1, *x.shape[2:]), q.reshape(1, -1, *q.shape[2:])
         _, found, _ = self.window.backward(one_q, one_x, weight, size * self.window.groups, [False, True, False])
-        return found.reshape(size, self.weight_shape.numel())
+        out.copy_(found.reshape(out.shape))
 
     def magnitude(self) -> Tensor:
         # sum_t |q_t| |patch_t| <= |q| (sum_t |patch_t|^2)^(1/2), and an entry of x is in one patch per kernel entry.

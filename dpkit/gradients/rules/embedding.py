@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from dpkit.gradients.capture import Call
 
 
-def embedding(  # noqa: PLR0917 - torch's own signature
+def embedding(
     call: Call,
     /,
     input: Tensor,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from dpkit.gradients.capture import Call
 
 
-def layer_norm(  # noqa: PLR0917 - torch's own signature
+def layer_norm(
     call: Call,
     /,
     input: Tensor,
@@ -36,7 +36,7 @@ def layer_norm(  # noqa: PLR0917 - torch's own signature
     return call.record(_LayerNorm(names, shape, eps), x, call.detached(weight), call.detached(bias))
 
 
-def group_norm(  # noqa: PLR0917 - torch's own signature
+def group_norm(
     call: Call,
     /,
     input: Tensor,

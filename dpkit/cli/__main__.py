@@ -1,0 +1,7 @@
+"""``python -m dpkit.cli`` is ``dpkit``."""
+
+import sys
+
+from .app import main
+
+sys.exit(main())

@@ -1,0 +1,168 @@
+"""The configuration of ``dpkit train``: read, checked and explained before anything touches data.
+
+Unknown keys and repeated keys are errors, because a misspelt ``epsilon`` must never become a default one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from dpkit.errors import ConfigError
+
+EXAMPLE = """\
+# A training run of `dpkit train`. Keys that are not listed here are errors.
+
+dataset: digits          # digits (comes with scikit-learn) | mnist (needs --data-dir or DPKIT_DATA)
+model: mlp               # linear | mlp | tanh_cnn (mnist only)
+output: runs/digits      # the run folder; a new one for every run
+private: true            # false: train without privacy, for comparison; results then go to OUTPUT/nonprivate
+
+privacy:
+  epsilon: 3.0           # what all steps together may cost; or give noise_multiplier instead
+  # noise_multiplier: 3.9
+  delta: 1.0e-4          # well below 1 / number of training examples
+  max_grad_norm: 1.0     # every example's gradient is cut to this length
+  # num_examples: 1437   # declare the size public: add/remove relation; left out: zero-out relation
+  # noise_seed: 0        # repeatable noise, for debugging only: the statement then says NOT certified
+
+training:
+  epochs: 40
+  batch_size: 256        # expected size of a batch: Poisson sampling draws around it
+  learning_rate: 2.0
+  momentum: 0.0
+  schedule: linear       # linear: the learning rate falls to zero | constant
+  # max_physical_batch_size: 64   # cut batches to save memory
+  # seed: 0              # repeatable initial weights; the noise stays fresh
+"""
+
+
+def _no_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("is true or false, and must be a number")
+    return value
+
+
+Positive = Annotated[float, BeforeValidator(_no_bool), Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1)]
+Seed = Annotated[int, BeforeValidator(_no_bool), Field(ge=0, lt=2**63)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Privacy(_Section):
+    """The guarantee. ``epsilon`` or ``noise_multiplier`` decides the noise; see :class:`dpkit.PrivacyEngine`."""
+
+    delta: Annotated[Positive, Field(lt=1)]
+    max_grad_norm: Positive
+    epsilon: Positive | None = None
+    noise_multiplier: Positive | None = None
+    num_examples: Count | None = None
+    noise_seed: Seed | None = None
+
+    @model_validator(mode="after")
+    def _one_target(self) -> Self:
+        if (self.epsilon is None) == (self.noise_multiplier is None):
+            raise ValueError("give exactly one of epsilon and noise_multiplier")
+        return self
+
+
+class Training(_Section):
+    """How the model is trained; all of it is public."""
+
+    epochs: Count
+    batch_size: Count
+    learning_rate: Positive
+    momentum: Annotated[float, BeforeValidator(_no_bool), Field(ge=0, lt=1)] = 0.0
+    schedule: Literal["constant", "linear"] = "constant"
+    max_physical_batch_size: Count | None = None
+    seed: Seed | None = None
+
+
+class Config(_Section):
+    """One run of ``dpkit train``. Without ``private`` the privacy section is not needed and not used."""
+
+    dataset: Literal["digits", "mnist"]
+    model: Literal["linear", "mlp", "tanh_cnn"]
+    output: Path
+    training: Training
+    privacy: Privacy | None = None
+    private: bool = True
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.private and self.privacy is None:
+            raise ValueError("the section `privacy` is missing; add it, or say `private: false`")
+        if self.model == "tanh_cnn" and self.dataset != "mnist":
+            raise ValueError("model tanh_cnn takes images of 28x28; use dataset mnist, or model mlp")
+        return self
+
+
+def read(path: Path) -> Config:
+    """The configuration in ``path``.
+
+    Raises:
+      ConfigError: the file cannot be read, is not YAML, repeats a key, or holds unknown keys or wrong values.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}); `dpkit init {path}` writes an example.") from None
+    return parse(text, source=str(path))
+
+
+def parse(text: str, *, source: str) -> Config:
+    """The configuration that the YAML ``text`` holds; ``source`` is how errors call it."""
+    try:
+        _refuse_repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader), source)
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source} is not YAML: {error}. `dpkit init` writes an example.") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{source} holds no keys; `dpkit init` writes an example.")
+    try:
+        return Config.model_validate(content)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {_explain(error)}. `dpkit init` writes an example with every key.") from None
+
+
+def dump(config: Config) -> str:
+    """YAML that :func:`parse` turns into an equal configuration."""
+    return yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False)
+
+
+def _refuse_repeated_keys(node: yaml.Node | None, source: str) -> None:
+    """YAML keeps the last of several equal keys in silence; here the second one is an error."""
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            if key.value in seen:
+                raise ConfigError(
+                    f"{source}, line {key.start_mark.line + 1}: the key {key.value!r} is there twice; keep one of them."
+                )
+            seen.add(key.value)
+            _refuse_repeated_keys(value, source)
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _refuse_repeated_keys(item, source)
+
+
+def _explain(error: ValidationError) -> str:
+    problems = []
+    for detail in error.errors(include_url=False):
+        where = ".".join(str(part) for part in detail["loc"])
+        match detail["type"]:
+            case "extra_forbidden":
+                problems.append(f"unknown key {where}")
+            case "missing":
+                problems.append(f"{where} is missing")
+            case "value_error":
+                problems.append(f"{where} {detail['msg'].removeprefix('Value error, ')}".strip())
+            case _:
+                problems.append(f"{where} is {detail['input']!r}: {detail['msg'][:1].lower()}{detail['msg'][1:]}")
+    return "; ".join(problems)

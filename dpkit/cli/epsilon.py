@@ -1,0 +1,201 @@
+"""``dpkit epsilon``: epsilon of a planned training run from its numbers, or of a finished one from its ledger.
+
+The value is an upper bound, rounded up, and comes with delta, unit, relation, sampling and accountant. From numbers, it
+holds for training that really samples, clips and adds noise in this way, as ``dpkit train`` does; shuffled batches are
+not Poisson batches.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import accounting
+from accounting import Ledger, Relation
+
+from .statement import ledger_path
+from .terminal import BUDGET_EXCEEDED, Debug, Json, out, print_error, print_json
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Epsilon and everything that gives it a meaning.
+
+    Attributes:
+      epsilon: the upper bound, rounded up; of a ledger, at the steps that were charged so far.
+      committed_epsilon: the same at all planned steps. If a run was stopped because of what was seen, this is the
+        guarantee.
+      lower, estimate: what the accountant knows besides; never to be reported as the guarantee.
+    """
+
+    epsilon: float
+    committed_epsilon: float
+    lower: float
+    estimate: float
+    delta: float
+    unit: str
+    relation: str
+    sampling: str
+    accountant: str
+    noise_multiplier: str
+    steps: int
+    source: str
+
+
+def epsilon(
+    run: Annotated[
+        Path | None, typer.Argument(help="A run folder or a ledger file; left out, the options describe the run.")
+    ] = None,
+    *,
+    noise_multiplier: Annotated[
+        float | None, typer.Option(help="Standard deviation of the noise / L2 sensitivity under the relation.")
+    ] = None,
+    sample_rate: Annotated[
+        float | None, typer.Option(help="Poisson probability of each example in each step; 1 is the full batch.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Number of optimizer steps.")] = None,
+    delta: Annotated[float | None, typer.Option(help="Choose it well below 1 / number of examples.")] = None,
+    relation: Annotated[Relation, typer.Option(help="Which data sets are neighbours.")] = Relation.ADD_REMOVE,
+    cap: Annotated[
+        int | None, typer.Option(help="Largest batch, if larger draws are cut (max_physical_batch_size).")
+    ] = None,
+    max_examples: Annotated[
+        int | None, typer.Option(help="Upper bound of the data set's size; goes with --cap.")
+    ] = None,
+    max_epsilon: Annotated[float | None, typer.Option(help="Exit with 2 if epsilon is above this.")] = None,
+    json_output: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Compute epsilon from numbers, or from the ledger of a run."""
+    numbers = {
+        "--noise-multiplier": noise_multiplier,
+        "--sample-rate": sample_rate,
+        "--steps": steps,
+        "--delta": delta,
+    }
+    given = [name for name, value in numbers.items() if value is not None]
+    if run is not None:
+        extra = given + [
+            name for name, value in (("--cap", cap), ("--max-examples", max_examples)) if value is not None
+        ]
+        if extra:
+            raise typer.BadParameter(
+                f"{', '.join(extra)}: a ledger has its own numbers; give either it or the options."
+            )
+        answer = from_ledger(run)
+    elif noise_multiplier is None or sample_rate is None or steps is None or delta is None:
+        missing = ", ".join(name for name in numbers if name not in given)
+        raise typer.BadParameter(f"missing {missing}; or give a run folder as the argument.")
+    elif (cap is None) != (max_examples is None):
+        raise typer.BadParameter("--cap and --max-examples go together: the cut depends on both.")
+    else:
+        answer = _from_numbers(
+            noise_multiplier=noise_multiplier,
+            sample_rate=sample_rate,
+            steps=steps,
+            delta=delta,
+            relation=relation,
+            cap=cap,
+            max_examples=max_examples,
+        )
+
+    if json_output:
+        print_json(asdict(answer) | ({} if max_epsilon is None else {"max_epsilon": max_epsilon}))
+    else:
+        _print(answer)
+    if max_epsilon is not None and not answer.epsilon <= max_epsilon:  # a NaN limit is not kept either
+        print_error(f"epsilon {answer.epsilon:.4f} at delta {answer.delta:g} is above --max-epsilon {max_epsilon:g}.")
+        raise typer.Exit(BUDGET_EXCEEDED)
+
+
+def _from_numbers(
+    *,
+    noise_multiplier: float,
+    sample_rate: float,
+    steps: int,
+    delta: float,
+    relation: Relation,
+    cap: int | None,
+    max_examples: int | None,
+) -> Answer:
+    noise = accounting.Gaussian(noise_multiplier=noise_multiplier)
+    if cap is not None and max_examples is not None:
+        event = accounting.TruncatedPoisson(sample_rate=sample_rate, cap=cap, max_examples=max_examples, event=noise)
+        sampling = f"Poisson, rate {sample_rate:.6g}, of at most {max_examples} examples, larger draws cut to {cap}"
+    elif sample_rate == 1:
+        event = noise
+        sampling = "none, all examples in every step"
+    else:
+        event = accounting.Poisson(sample_rate=sample_rate, event=noise)
+        sampling = f"Poisson, rate {sample_rate:.6g}"
+    bound = accounting.epsilon(accounting.Repeated(event=event, count=steps), delta, relation=relation)
+    upper = accounting.round_up(bound.upper)
+    return Answer(
+        epsilon=upper,
+        committed_epsilon=upper,
+        lower=bound.lower,
+        estimate=bound.estimate,
+        delta=delta,
+        unit="example",
+        relation=relation.value,
+        sampling=sampling,
+        accountant=bound.accountant,
+        noise_multiplier=f"{noise_multiplier:g}",
+        steps=steps,
+        source="numbers",
+    )
+
+
+def from_ledger(run: Path) -> Answer:
+    """What the ledger of ``run``, a run folder or the ledger file itself, says was spent.
+
+    Raises:
+      LedgerError: the ledger cannot be verified.
+    """
+    path = ledger_path(run)
+    with Ledger.open(path, read_only=True) as ledger:
+        stated = accounting.statement(ledger)
+        plans = ledger.plans()
+        accountant = ledger.spent().accountant
+    lower = estimate = 0.0
+    if len(plans) == 1:
+        [(plan, charged)] = plans
+        event = accounting.Repeated(event=plan.event, count=charged)
+        lower, estimate, _, _ = accounting.epsilon(event, plan.delta, relation=plan.relation)
+    elif plans:
+        # Plans that may have been chosen after one another: their sum is the bound, and nothing is known from below.
+        estimate = math.fsum(plan.committed_epsilon for plan in stated.plans)
+    return Answer(
+        epsilon=stated.epsilon,
+        committed_epsilon=stated.committed_epsilon,
+        lower=lower,
+        estimate=estimate,
+        delta=stated.delta,
+        unit=stated.unit,
+        relation=plans[0][0].relation.value if plans else "none",
+        sampling="; ".join(dict.fromkeys(plan.sampling for plan in stated.plans)) or "none",
+        accountant=accountant,
+        noise_multiplier="; ".join(dict.fromkeys(plan.noise_multiplier for plan in stated.plans)) or "none",
+        steps=stated.data_accesses,
+        source=str(path),
+    )
+
+
+def _print(answer: Answer) -> None:
+    out.print(f"epsilon <= {answer.epsilon:.4f} at delta = {answer.delta:g}", style="bold", markup=False)
+    if answer.committed_epsilon > answer.epsilon:
+        out.print(f"  committed  epsilon <= {answer.committed_epsilon:.4f} at all planned steps", markup=False)
+    rows = {
+        "unit": f"one {answer.unit}",
+        "relation": answer.relation,
+        "sampling": answer.sampling,
+        "noise": f"multiplier {answer.noise_multiplier}, {answer.steps} steps",
+        "accountant": f"{answer.accountant} (lower {answer.lower:.4f}, estimate {answer.estimate:.4f})",
+        "source": answer.source,
+    }
+    for name, text in rows.items():
+        out.print(f"  {name:<11}{text}", markup=False, soft_wrap=True)
