@@ -54,10 +54,11 @@ class Chain:
         self._pid = os.getpid()
         with self._translated():
             self._file = _identity(path)
-            mode = "ro" if read_only else "rw"
+            # "rw" for readers too: a killed writer leaves a journal, and only a connection that may write can undo the
+            # half-written charge in it. SQLite falls back to reading where the file is write-protected.
             # isolation_level=None: transactions are begun and ended by hand.
             self._connection = sqlite3.connect(
-                f"{path.absolute().as_uri()}?mode={mode}",
+                f"{path.absolute().as_uri()}?mode=rw",
                 uri=True,
                 timeout=timeout,
                 isolation_level=None,
@@ -160,6 +161,7 @@ class Chain:
         run("PRAGMA synchronous = EXTRA")
         run("PRAGMA fullfsync = ON")  # macOS: past the cache of the drive; no effect elsewhere
         run("PRAGMA trusted_schema = OFF")
+        run(f"PRAGMA query_only = {'ON' if self.read_only else 'OFF'}")
         if not self.read_only and run("PRAGMA journal_mode = DELETE").fetchone()[0] != "delete":
             raise LedgerError(f"{self.path} cannot be switched to journal_mode=DELETE. Close what else has it open.")
 

@@ -67,7 +67,8 @@ def test_four_processes_share_a_plan_exactly(tmp_path):
             ledger.charge(SHORT, EVENT)
 
 
-def test_a_journal_left_by_a_crash_is_rolled_back(tmp_path):
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_journal_left_by_a_crash_is_rolled_back(tmp_path, read_only):
     # A writer that dies between writing pages and committing leaves a hot journal behind.
     path = tmp_path / "ledger.sqlite"
     with Ledger.create(path, dataset_name="d", budget=BUDGET) as ledger:
@@ -83,5 +84,5 @@ def test_a_journal_left_by_a_crash_is_rolled_back(tmp_path):
     )
     subprocess.run([sys.executable, "-c", crash, path], check=False)
     assert Path(f"{path}-journal").stat().st_size > 0
-    with Ledger.open(path) as ledger:
+    with Ledger.open(path, read_only=read_only) as ledger:
         assert ledger.anchor() == anchor and ledger.plans() == [(PLAN, 1)]

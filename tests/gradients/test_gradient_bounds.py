@@ -3,26 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from dpkit.gradients import factors
-from dpkit.gradients.factors import ROUNDING_CHAIN, Dense, Factor, Form, OneHot, Outer, join
+from dpkit.gradients.factors import ROUNDING_CHAIN, Dense, Factor, Form, OneHot, Outer, Workspace, join
 
 UNIT = 2.0**-24
 KEEP = {"kept": 1 << 40, "not kept": 0}
 
 
-def exact(found: list[Factor]) -> Tensor:
+def exact(found: list[Factor], entries: int) -> Tensor:
     """(B, entries) float64 gradients of the numbers in the factors."""
-    return torch.stack([factor.dense(slice(None), torch.float64) for factor in found]).sum(0)
+    return factors.written(found, slice(None), torch.empty(found[0].size, entries, dtype=torch.float64))
+
+
+def stored(form: Form, found: list[Factor], entries: int) -> Tensor:
+    """(B, entries) float64: what the form adds up, without further rounding."""
+    if isinstance(form, factors.Kept):
+        return form.gradients.double()
+    if isinstance(form, factors.Coalesced):
+        tables = torch.zeros(form.size, form.entries, form.rows.shape[1], dtype=torch.float64)
+        tables[form.units, form.tokens] = form.rows.double()
+        return tables.flatten(1)
+    return exact(found, entries)
 
 
 def joined(found: list[Factor], entries: int, keep_bytes: int) -> Form:
     dtype = torch.float64 if found[0].dtype == torch.float64 else torch.float32
-    form, _ = join(found, torch.empty(entries, dtype=dtype), found[0].size, keep_bytes)
+    form, _ = join(found, torch.empty(entries, dtype=dtype), found[0].size, keep_bytes, Workspace())
     return form
 
 
@@ -76,12 +89,10 @@ def test_no_cancellation_hides_a_norm(build: Callable[[float], list[Factor]], of
     for b in range(6):
         added = form.weighted_sum(torch.eye(6)[b]).double().norm()
         assert added <= bounds[b] * (1 + (ROUNDING_CHAIN + 8) * UNIT)
-    if isinstance(form, factors.Gram | factors.Recomputed | factors.RankOne):
-        # Nothing was rounded into storage: the bound covers the gradient of the very factors, and is tight.
-        truth = exact(found)
-        scale = torch.stack([factor.magnitude() for factor in found]).sum(0)
-        assert (bounds >= truth.norm(dim=1)).all()
-        assert (bounds <= truth.norm(dim=1) * (1 + 1e-5) + 2.0**-16 * scale).all()
+    lengths = stored(form, found, 20 * 24).norm(dim=1)
+    scale = torch.stack([factor.magnitude() for factor in found]).sum(0)
+    assert (bounds >= lengths).all()
+    assert (bounds <= lengths * (1 + 1e-5) + 2.0**-16 * scale).all()
 
 
 @pytest.mark.parametrize("keep", KEEP.values(), ids=KEEP.keys())
@@ -101,40 +112,45 @@ def test_sums_of_aligned_examples_round_as_promised(kind: str, size: int, keep: 
     }[kind]
     form = joined(found, 42, keep)
     weights = torch.rand(size, dtype=torch.float64)
-    if isinstance(form, factors.Kept):
-        truth = weights @ torch.cat(form.blocks).double()
-    elif isinstance(form, factors.Coalesced):
-        dense = torch.zeros(size, 6, 7, dtype=torch.float64)
-        dense[form.units, form.tokens] = form.rows.double()
-        truth = weights @ dense.flatten(1)
-    else:
-        truth = weights @ exact(found)
+    truth = weights @ stored(form, found, 42)
     error = (form.weighted_sum(weights).double().flatten() - truth).norm()
     bound = (ROUNDING_CHAIN + 8) * UNIT * (weights @ form.sq_norms().sqrt())
     assert error <= bound, f"{float(error / bound):.3f} of the promise"
 
 
 def test_blocks_of_a_few_rows_round_as_promised(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gradients so large that a block holds two examples, and a partial sum many blocks."""
+    """Gradients so large that they are written out two examples at a time."""
     monkeypatch.setattr(factors, "_BLOCK_BYTES", {"cpu": 2 * 42 * 4})
     test_sums_of_aligned_examples_round_as_promised("tokens", 300, 1 << 40)
     test_no_cancellation_hides_a_norm(offset_tokens, 3000.0, 1 << 40)
     test_no_cancellation_hides_a_norm(offset_and_tied, 3000.0, 0)
 
 
-def test_sums_keep_their_precision_where_float32_products_are_shortened() -> None:
-    torch.manual_seed(5)
-    found: list[Factor] = [Outer(torch.rand(200, 1, 90), torch.rand(200, 1, 90))]
-    form, weights = joined(found, 8100, 0), torch.rand(200, dtype=torch.float64)
+@pytest.mark.parametrize("kind", ["one vector", "written out"])
+def test_sums_keep_their_precision_where_float32_products_are_shortened(kind: str) -> None:
+    """Whether a processor takes the shortcut differs; that it is closed during the product must not."""
+    seen: list[str] = []
+
+    class Spy(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.mm:
+                seen.append(torch.backends.mkldnn.matmul.fp32_precision)  # pyright: ignore[reportAttributeAccessIssue]
+            return func(*args, **(kwargs or {}))
+
+    found: dict[str, Factor] = {
+        "one vector": Outer(torch.rand(200, 1, 9), torch.rand(200, 1, 9)),
+        "written out": Dense(torch.rand(200, 81)),
+    }
+    form = joined([found[kind]], 81, 0)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
-        total = form.weighted_sum(weights)
+        with Spy():
+            form.weighted_sum(torch.rand(200))
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
-    error = (total.double().flatten() - weights @ exact(found)).norm()
-    assert error <= (ROUNDING_CHAIN + 8) * UNIT * (weights @ form.sq_norms().sqrt())
+    assert set(seen) == {"ieee"}
 
 
 def test_a_gradient_beyond_float32_has_an_infinite_norm() -> None:
@@ -148,9 +164,29 @@ def test_a_gradient_beyond_float32_has_an_infinite_norm() -> None:
 
 def test_the_form_follows_the_memory_that_is_left() -> None:
     token: list[Factor] = [Outer(torch.ones(2, 9, 3), torch.ones(2, 9, 4))]
-    parameter = nn.Parameter(torch.ones(3, 4))
+    parameter, space = nn.Parameter(torch.ones(3, 4)), Workspace()
     needed = 2 * 12 * 4
-    assert isinstance(join(token, parameter, 2, needed)[0], factors.Kept)
-    assert join(token, parameter, 2, needed)[1] == needed
-    assert isinstance(join(token, parameter, 2, needed - 1)[0], factors.Gram)
-    assert isinstance(join([*token, Dense(torch.ones(2, 3, 4))], parameter, 2, 0)[0], factors.Recomputed)
+    form, taken = join(token, parameter, 2, needed, space)
+    assert isinstance(form, factors.Kept)
+    assert taken == needed
+    assert isinstance(join(token, parameter, 2, needed - 1, space)[0], factors.Gram)
+    assert isinstance(join([*token, Dense(torch.ones(2, 3, 4))], parameter, 2, 0, space)[0], factors.Recomputed)
+
+
+def test_written_out_gradients_live_in_memory_that_is_lent_once() -> None:
+    parameter, space = nn.Parameter(torch.ones(3, 4)), Workspace()
+
+    def kept_of(value: float, size: int) -> factors.Kept:
+        outer = Outer(torch.full((size, 9, 3), value), torch.ones(size, 9, 4))
+        form, _ = join([outer], parameter, size, 1 << 20, space)
+        assert isinstance(form, factors.Kept)
+        return form
+
+    first = kept_of(1.0, 5)
+    second = kept_of(2.0, 5)
+    assert (first.gradients == 9).all()
+    assert (second.gradients == 18).all()
+    address = second.gradients.data_ptr()
+    del first, second
+    assert kept_of(3.0, 4).gradients.data_ptr() == address
+    assert len(kept_of(4.0, 6).gradients) == 6
