@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, TextIO
 
@@ -89,10 +90,11 @@ def train(config: Config, data: Split, on_step: Progress) -> Result:
 
     begun = time.perf_counter()
     statement = answer = None
-    if config.private:
-        steps, statement = _private(config, model, optimizer, loader, on_step)
-    else:
-        steps = _plain(config, model, optimizer, loader, on_step)
+    with _threads_for(data):
+        if config.private:
+            steps, statement = _private(config, model, optimizer, loader, on_step)
+        else:
+            steps = _plain(config, model, optimizer, loader, on_step)
     seconds = time.perf_counter() - begun
     if config.private:
         answer = from_ledger(run)
@@ -104,6 +106,18 @@ def train(config: Config, data: Split, on_step: Progress) -> Result:
     if statement is not None:
         (run / "PRIVACY.md").write_text(f"# Privacy statement\n\n```\n{statement}\n```\n", encoding="utf-8")
     return result
+
+
+@contextmanager
+def _threads_for(data: Split) -> Iterator[None]:
+    """One thread for tiny images: sharing so little work among threads costs several times the work."""
+    threads = torch.get_num_threads()
+    if data.train_x[0].size < 28 * 28:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _private(

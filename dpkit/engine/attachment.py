@@ -164,6 +164,9 @@ class Attachment:
         self._differentiating = True
         try:
             self.capture.backward(losses)
+        except BaseException:
+            self.capture.reset()
+            raise
         finally:
             self._differentiating = False
         self._finish(draw)
