@@ -17,7 +17,7 @@ from dpkit.errors import InvalidArgument, OutOfOrder, RawGradient, UncoveredPara
 from dpkit.gradients import Capture, PerSample, trainable
 from dpkit.mechanisms import RunKey
 
-from .guards import refuse_batch_statistics, refuse_grad_scaler, refuse_loss_shape, refuse_uncovered_leaves
+from .guards import refuse_batch_statistics, refuse_foreign_leaves, refuse_grad_scaler, refuse_loss_shape
 from .loader import Draw, PrivateLoader
 from .plan import Plan
 from .probe import probe_forward
@@ -160,7 +160,7 @@ class Attachment:
             raise OutOfOrder("engine.backward belongs to make_private; in the functional form call step(batch).")
         draw = self.take_draw()
         refuse_loss_shape(losses, draw.rows, self._reduction)
-        refuse_uncovered_leaves(losses, self.capture.anchor, self._names)
+        refuse_foreign_leaves(losses, {id(self.capture.anchor), *self._names})
         self._differentiating = True
         try:
             self.capture.backward(losses)

@@ -328,7 +328,7 @@ class PrivacyEngine:
                 "this engine is attached already; a second model takes a second PrivacyEngine (ledger= lets both share "
                 "one budget)."
             )
-        # The cost of truncation is proved for data sets of at most N examples (accounting.truncated): N must be a bound.
+        # The cost of truncation is proved for data sets of at most N examples (accounting.truncated).
         if isinstance(plan.sampler, TruncatedPoisson) and len(loading.dataset) > plan.num_examples:
             raise InvalidArgument(
                 f"num_examples is {plan.num_examples}, but the data set is larger; with truncated Poisson sampling "

@@ -7,7 +7,7 @@ All of them decide on public things: types, names, shapes, and the structure of 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -86,15 +86,14 @@ def refuse_optimizer(optimizer: torch.optim.Optimizer, parameters: Mapping[str, 
                 )
 
 
-def refuse_uncovered_leaves(losses: Tensor, anchor: Tensor, names: Mapping[int, str]) -> None:
-    """Refuse losses that reach a trainable tensor by a way that the capture did not see.
+def refuse_foreign_leaves(losses: Tensor, covered: Collection[int]) -> None:
+    """Refuse losses that depend on a trainable tensor which is not the model's.
 
     Args:
       losses: what is about to be differentiated.
-      anchor: the one leaf that captured operations hang on.
-      names: id of each covered parameter -> its name.
+      covered: ids of the leaves that may be reached.
     Raises:
-      UncoveredParameter: naming the tensor.
+      UncoveredParameter: with the shape of the tensor.
     """
     pending, seen = [losses.grad_fn], set()
     while pending:
@@ -103,13 +102,7 @@ def refuse_uncovered_leaves(losses: Tensor, anchor: Tensor, names: Mapping[int, 
             continue
         seen.add(node)
         leaf = getattr(node, "variable", None)
-        if isinstance(leaf, Tensor) and leaf is not anchor:
-            if id(leaf) in names:
-                raise UncoveredParameter(
-                    f"parameter '{names[id(leaf)]}' is used outside the forward of the attached model, where its "
-                    "per-example gradients are not seen. Move that use into the model's forward, or attach to the "
-                    "module that contains both."
-                )
+        if isinstance(leaf, Tensor) and id(leaf) not in covered:
             raise UncoveredParameter(
                 f"the losses depend on a trainable tensor of shape {tuple(leaf.shape)} that is not a parameter of the "
                 "attached model: an optimizer of its own would train it without clipping and noise. Attach to a module "

@@ -29,6 +29,7 @@ from dpkit.gradients import Backend, PerSample, ghost, trainable, vmap
 from dpkit.types import Named
 
 from .batch import Batch, map_tensors, take, tensors
+from .guards import refuse_foreign_leaves
 
 LossFunction = Callable[[Any, Batch], Tensor]
 
@@ -106,6 +107,7 @@ def _compare(
         moved = [name for name, buffer in model.named_buffers() if not torch.equal(buffer, buffers[name])]
         restore()
         losses = loss_fn(model, batch)
+        refuse_foreign_leaves(losses, {id(p) for p in parameters.values()})
         total = torch.autograd.grad(losses.sum(), list(parameters.values()), allow_unused=True)
     except DpkitError:
         raise

@@ -167,6 +167,19 @@ def test_plans_outside_their_domain_are_refused(changes: dict) -> None:
         plan(**changes)
 
 
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.__name__)
+def test_a_trainable_tensor_outside_the_model_is_refused(tmp_path: Path, backend: ModuleType) -> None:
+    head = nn.Linear(3, 3)
+    with pytest.raises(UncoveredParameter, match="not a parameter of the attached model"):
+        attach(
+            tmp_path,
+            mlp(),
+            loss_fn=lambda m, b: F.cross_entropy(head(m(b[0])), b[1], reduction="none"),
+            backend=backend,
+        )
+    assert not (tmp_path / "ledger.sqlite").exists()
+
+
 def test_a_plan_above_the_budget_is_refused_before_any_release(tmp_path: Path) -> None:
     engine = PrivacyEngine(tmp_path, budget=dpkit.Budget(epsilon=0.1, delta=1e-4))
     model = mlp()

@@ -144,7 +144,7 @@ def test_a_parameter_used_outside_the_model_s_forward_is_named(tmp_path: Path) -
     engine, model, _, loader = make(tmp_path, mlp())
     x, y = next(iter(loader))
     losses = F.cross_entropy(model(x), y, reduction="none") + (model[0].weight ** 2).sum()
-    with pytest.raises(UncoveredParameter, match="'0.weight'"):
+    with pytest.raises(UnsupportedOperation, match=r"'0.weight'.*outside"):
         engine.backward(losses)
     assert charges(engine) == 0
 
