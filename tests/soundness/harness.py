@@ -1,9 +1,9 @@
 """One way to run the shipped engine on tensors and to write down everything that happened.
 
 :func:`run` trains through the public interface only, in both of its forms, with a user's loop around it that has a
-scheduler, a moving average and a counter of its own.  A :class:`Witness` stands in front of the plan's mechanism, which is
-where private values end: it keeps what went in and what came out, looks into the ledger's file through a connection of
-its own, and can put recorded releases in place of fresh ones.  Nothing of the package is replaced.
+scheduler, a moving average and a counter of its own.  A :class:`Witness` stands in front of the plan's mechanism, where
+private values end: it keeps what went in and what came out, looks into the ledger's file through a connection of its
+own, and can put recorded releases in place of fresh ones.  Nothing of the package is replaced.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import torch
@@ -29,7 +29,7 @@ import accounting
 import dpkit
 from accounting import PlanRecord, Relation
 from dpkit.mechanisms import Gaussian, NoiseKey, RunKey
-from dpkit.types import ClippedSum, Named, Query, Released
+from dpkit.types import ClippedSum, Named, Released
 
 from .subjects import Data, build, honest, loss_of
 
@@ -42,6 +42,7 @@ class Setup:
       form: "loop" (make_private and engine.backward) or "step" (attach and step).
       q: sample rate; in the loop form q times ``public_n`` is the loader's batch size and must be whole.
       micro: max_physical_batch_size.
+      reduction: the loop's own; with "mean" and "sum" it calls loss.backward() as it always did.
       cap: truncates the Poisson draw at this size ("step" only).
       stop_after: number of iterations after which the user stops; None for never.
     """
@@ -55,6 +56,7 @@ class Setup:
     sigma: float = 1.3
     bound: float = 1.0
     micro: int | None = None
+    reduction: Literal["none", "mean", "sum"] = "none"
     cap: int | None = None
     dtype: torch.dtype = torch.float32
     relation: Relation = Relation.ADD_REMOVE
@@ -151,7 +153,10 @@ class Witness:
 
 
 class _Watched(Dataset[Any]):
-    """A data set that remembers for which records it was asked; given several, it turns into the next after each release."""
+    """A data set that remembers for which records it was asked.
+
+    Given several scenes, it turns into the next one after each release.
+    """
 
     def __init__(self, scenes: Sequence[Data], trace: Trace) -> None:
         if len({data.size for data in scenes}) != 1:
@@ -245,6 +250,7 @@ def _train(
             num_examples=setup.public_n,
             relation=setup.relation,
             max_physical_batch_size=setup.micro,
+            loss_reduction=setup.reduction,
             probe_batch=probe,
         )
         optimizer.register_step_pre_hook(see)
@@ -253,7 +259,11 @@ def _train(
         for _ in range(-(-setup.steps // -(-setup.public_n // round(setup.q * setup.public_n))) + 1):
             for batch in loader:
                 optimizer.zero_grad()
-                engine.backward(loss_of(model, batch))
+                losses = loss_of(model, batch)
+                if setup.reduction == "none":
+                    engine.backward(losses)
+                else:
+                    (losses.mean() if setup.reduction == "mean" else losses.sum()).backward()
                 optimizer.step()
                 bookkeeping()
                 if trace.iterations == setup.stop_after:
@@ -326,7 +336,7 @@ def _refuses_one_more(ledger: accounting.Ledger, plan: PlanRecord) -> bool:
     return False
 
 
-# --------------------------------------------------------------------------------------------------------------- looking
+# --------------------------------------------------------------------------------------------------------- looking
 
 
 def entries_on_disk(path: Path) -> list[str]:
@@ -384,6 +394,3 @@ def finite(named: Named) -> bool:
 def flat(named: Named) -> Tensor:
     """All coordinates of all tensors in one row, in double precision."""
     return torch.cat([value.double().flatten() for value in named.values()])
-
-
-__all__ = ["Query", "Setup", "Trace", "Witness", "distance", "finite", "flat", "length", "run"]

@@ -1,9 +1,9 @@
 """Bugs that were made by somebody once, put into the shipped modules: each must be caught by the check that owns it.
 
-The identifiers and sources are those of the project's catalogue of privacy bugs.  A mutant patches the narrowest place of the
-package in which the bug could live.  Two entries are about several ranks, which the package refuses; they become the
-same mistake within one process: the mean of two full draws of noise (M15), and every microbatch with the whole list of
-indices (M16).
+The identifiers and sources are those of the project's catalogue of privacy bugs.  A mutant patches the narrowest place
+of the package in which the bug could live.  Two entries are about several ranks, which the package refuses; they become
+the same mistake within one process: the mean of two full draws of noise (M15), and every microbatch with the whole list
+of indices (M16).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 import accounting
-import dpkit.engine.attachment as attachment
 from accounting import Ledger, Receipt, Relation
 from dpkit.clipping import Flat
+from dpkit.engine import attachment
 from dpkit.engine.attachment import Attachment
 from dpkit.engine.loader import Draws
 from dpkit.engine.plan import Plan
@@ -30,7 +30,7 @@ from dpkit.gradients import PerSample
 from dpkit.gradients.factors import PerSampleGradients
 from dpkit.mechanisms import Gaussian, NoiseKey, RunKey
 from dpkit.sampling import Poisson
-from dpkit.types import ClippedSum, Named, Query, Released
+from dpkit.types import ClippedSum, Named, Released
 
 from .harness import Setup
 
@@ -85,7 +85,7 @@ def mutant(
     return register
 
 
-# --------------------------------------------------------------------------------------------------- what the bugs share
+# --------------------------------------------------------------------------------------------- what the bugs share
 
 
 def _rows(gradients: PerSample, real: int) -> list[Named]:
@@ -154,7 +154,7 @@ def _noise_by(patch: Patch, active: Active, changed: Callable[[str, Tensor, floa
     _release_by(patch, active, change)
 
 
-# ------------------------------------------------------------------------------------------------------------ sensitivity
+# ------------------------------------------------------------------------------------------------------ sensitivity
 
 
 @mutant("M01", "D", "divides by the size of the batch in hand", "Tramer et al. 2022; jax_privacy, sharp edges", _small)
@@ -286,12 +286,16 @@ def _same_list_for_every_microbatch(patch: Patch, active: Active) -> None:
 def _one_tensor_raw(patch: Patch, active: Active) -> None:
     def clipped(rows: list[Named], bound: float) -> list[Named]:
         last = list(rows[0])[-1] if rows else ""
-        return _flat(rows, bound) + [{last: row[last] - kept[last]} for row, kept in zip(rows, _flat(rows, bound), strict=False)]
+        return _flat(rows, bound) + [
+            {last: row[last] - kept[last]} for row, kept in zip(rows, _flat(rows, bound), strict=False)
+        ]
 
     _sum_by(patch, active, clipped)
 
 
-@mutant("M35", "D", "multiplies the clipped sum by the size of the batch", "mean and sum mixed up after the clip", _small)
+@mutant(
+    "M35", "D", "multiplies the clipped sum by the size of the batch", "mean and sum mixed up after the clip", _small
+)
 def _mean_for_sum(patch: Patch, active: Active) -> None:
     shipped = ClippedAccumulator.result
 
@@ -309,17 +313,14 @@ def _mean_for_sum(patch: Patch, active: Active) -> None:
     "D",
     "counts the padding",
     "jax: index -1 is the last example; Opacus 1.6.0: rand_on_empty",
-    lambda setup: _small(setup) and (setup.micro is not None or setup.public_n == 1),
+    lambda setup: _small(setup) and setup.micro is not None and setup.form == "loop",
 )
 def _padding_counts(patch: Patch, active: Active) -> None:
     shipped = ClippedAccumulator.add
 
     def add(self: ClippedAccumulator, gradients: PerSample, real: int, scale: float = 1.0) -> None:
         active()
-        shipped(self, gradients, gradients.size if real else 0, scale)
-        if real == 0:  # an empty batch: the filling row is taken for a record of weight two
-            shipped(self, gradients, gradients.size, scale)
-            shipped(self, gradients, gradients.size, scale)
+        shipped(self, gradients, gradients.size, scale)
 
     patch.setattr(ClippedAccumulator, "add", add)
 
@@ -340,7 +341,11 @@ def _replace_one_for_free(patch: Patch, active: Active) -> None:
 
 
 @mutant(
-    "M46", "D", "clips the first microbatch only", "clip state reused", lambda setup: _small(setup) and bool(setup.micro)
+    "M46",
+    "D",
+    "clips the first microbatch only",
+    "clip state reused",
+    lambda setup: _small(setup) and bool(setup.micro),
 )
 def _only_the_first_microbatch(patch: Patch, active: Active) -> None:
     shipped = Flat.factors
@@ -371,7 +376,7 @@ def _only_the_first_microbatch(patch: Patch, active: Active) -> None:
     lambda setup: setup.subject in ("tied", "twice") and setup.backend == "ghost",
 )
 def _one_use_in_the_norm(patch: Patch, active: Active) -> None:
-    import dpkit.gradients.factors as factors
+    from dpkit.gradients import factors
 
     shipped = factors.join
 
@@ -403,7 +408,7 @@ class _Disagreeing:
         return _Disagreeing(self.summed.select(keep), self.measured.select(keep))
 
 
-# ------------------------------------------------------------------------------------------------------------------ noise
+# ------------------------------------------------------------------------------------------------------------ noise
 
 
 def _plain(setup: Setup) -> bool:
@@ -518,7 +523,7 @@ def _noise_used_twice(patch: Patch, active: Active) -> None:
 def _one_stream_for_sampling_and_noise(patch: Patch, active: Active) -> None:
     from dpkit.mechanisms import keys
 
-    shipped, first = RunKey.noise_key, [True]
+    shipped, generator_shipped = RunKey.noise_key, NoiseKey.generator
 
     def noise_key(self: RunKey, receipt: Receipt) -> NoiseKey:
         key = shipped(self, receipt)
@@ -531,8 +536,6 @@ def _one_stream_for_sampling_and_noise(patch: Patch, active: Active) -> None:
             return keys.generator_from(self.twin)  # pyright: ignore[reportAttributeAccessIssue]
         return generator_shipped(self, query, name, shard, device)
 
-    generator_shipped = NoiseKey.generator
-    first.clear()
     patch.setattr(RunKey, "noise_key", noise_key)
     patch.setattr(NoiseKey, "generator", generator)
 
@@ -547,7 +550,7 @@ def _five_percent_less(patch: Patch, active: Active) -> None:
     _noise_by(patch, active, lambda name, noise, bound: 0.95 * noise)
 
 
-# ------------------------------------------------------------------------------------------------------ what a loop can see
+# ------------------------------------------------------------------------------------------------ what a loop can see
 
 
 @mutant(
@@ -624,10 +627,12 @@ def _size_of_the_data_set(patch: Patch, active: Active) -> None:
     patch.setattr(Plan, "expected_batch", property(expected_batch))
 
 
-# ------------------------------------------------------------------------------------------------ sampling and accounting
+# ------------------------------------------------------------------------------------------ sampling and accounting
 
 
-@mutant("M18", "A", "takes shuffled batches for Poisson ones", "Opacus, poisson_sampling=False; fastDP examples", _plain)
+@mutant(
+    "M18", "A", "takes shuffled batches for Poisson ones", "Opacus, poisson_sampling=False; fastDP examples", _plain
+)
 def _shuffled_batches(patch: Patch, active: Active) -> None:
     left: list[int] = []
 
@@ -713,11 +718,11 @@ def _charge_after_release(patch: Patch, active: Active) -> None:
 
 @mutant("M44", "V", "lets the noise decay and charges the plan", "noise schedulers", _plain)
 def _decaying_noise(patch: Patch, active: Active) -> None:
-    steps: list[int] = []
+    steps = [0]
 
     def changed(name: str, noise: Tensor, bound: float) -> Tensor:
-        steps.append(0)
-        return noise * 0.98 ** min(len(steps) / 8, 20)
+        steps[0] += name == "0.weight"
+        return noise * 0.98 ** min(steps[0], 20)
 
     _noise_by(patch, active, changed)
 
@@ -730,6 +735,3 @@ def _cheaper_event(patch: Patch, active: Active) -> None:
         return half.event(self.mechanism.event(), self.num_examples)
 
     patch.setattr(Plan, "event", property(event))
-
-
-__all__ = ["MUTANTS", "Active", "Mutant", "Query"]

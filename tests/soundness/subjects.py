@@ -2,8 +2,8 @@
 
 A batch is (x, y, w) and the loss of a row is (1 + w) times the cross entropy, so that every kind of harm can be done
 through the loss to any model, and through the activations to those that take floating-point input.  The rows of zeros
-that dpkit pads with have w = 0: they would count like any other row if nothing masked them.  A row with w = -1 and x = 0
-is a null record: its gradient is exactly zero.
+that dpkit pads with have w = 0: they would count like any other row if nothing masked them.  A row with w = -1 and
+x = 0 is a null record: its gradient is exactly zero.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class _Twice(nn.Module):
 
 
 class _Sequence(nn.Module):
-    """A layer over four steps whose output is centred: the gradients of the steps cancel, so their Gram norm does too."""
+    """A layer over four steps whose output is centred: the gradients of the steps cancel, and so does a Gram norm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class _Sequence(nn.Module):
 
 
 class _Wide(nn.Module):
-    """100,002 coordinates, each with a gradient near 1e-4 whose square half precision takes for zero."""
+    """100,002 coordinates with gradients of 0.7e-4 and 1.3e-4, whose squares are zero in half precision."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class _Wide(nn.Module):
         nn.init.zeros_(self.head.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(3e-4 + 1e-6 * x)
+        return self.head(2e-4 + 1e-6 * x)
 
 
 @dataclass(frozen=True)
@@ -104,21 +104,18 @@ class Subject:
 SUBJECTS: dict[str, Subject] = {
     "mlp": Subject(lambda: nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, CLASSES)), (6,)),
     "conv": Subject(
-        lambda: nn.Sequential(
-            nn.Conv2d(1, 3, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(27, CLASSES)
-        ),
+        lambda: nn.Sequential(nn.Conv2d(1, 3, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(27, CLASSES)),
         (1, 5, 5),
     ),
     "tied": Subject(_Tied, (3,), tokens=40),
     "twice": Subject(_Twice, (6,)),
     "norms": Subject(
-        lambda: nn.Sequential(
-            nn.Linear(6, 8), nn.LayerNorm(8), nn.Tanh(), nn.GroupNorm(2, 8), nn.Linear(8, CLASSES)
-        ),
+        lambda: nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Tanh(), nn.GroupNorm(2, 8), nn.Linear(8, CLASSES)),
         (6,),
     ),
     "sequence": Subject(_Sequence, (4, 3)),
     "wide": Subject(_Wide, (33_334,)),
+    "ties": Subject(lambda: nn.Linear(64, 32, bias=False), (64,)),
     # Rows of the table that no record touches, a bias, normalisation: about 2,300 coordinates for the noise tests.
     "noise": Subject(
         lambda: nn.Sequential(
@@ -162,7 +159,21 @@ def null_record(like: Data) -> Data:
     return Data(torch.zeros_like(like.x[:1]), torch.zeros_like(like.y[:1]), -torch.ones_like(like.w[:1]))
 
 
-# ----------------------------------------------------------------------------------------------- records that do harm
+def tied_records(size: int, dtype: torch.dtype) -> Data:
+    """Records of "ties" for which two wrong classes come out equally large, at a scale where rounding errors decide.
+
+    Which of the two takes all of the softmax turns the gradient by up to a right angle.  Rounding errors depend on the
+    kernel that multiplies the matrices, and that on the number of rows.
+    """
+    weight = build("ties", torch.float64).get_parameter("weight").detach()
+    apart = weight[0] - weight[1]
+    generator = torch.Generator().manual_seed(0)
+    x = 4 * (weight[0] + weight[1]) + 0.2 * torch.randn(size, 64, generator=generator, dtype=torch.float64)
+    x = (x - (x @ apart)[:, None] * apart / (apart @ apart)) / torch.finfo(dtype).eps
+    return Data(x.to(dtype), torch.full((size,), 5), torch.zeros(size, dtype=dtype))
+
+
+# ----------------------------------------------------------------------------------------- records that do harm
 
 
 def _scaled(by: float) -> Callable[[Data], Data]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
 from soundness.checks import check_A, check_D, check_D_random, check_N, check_R, check_V, grid_A, grid_N, grid_R, grid_V
 from soundness.harness import Setup
 
