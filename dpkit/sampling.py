@@ -90,6 +90,8 @@ class TruncatedPoisson:
 
     def __post_init__(self) -> None:
         _check_rate(self.sample_rate)
+        if isinstance(self.cap, bool) or not isinstance(self.cap, int):
+            raise InvalidArgument(f"cap is {self.cap!r}; it must be a whole number.")
         if self.cap < 1:
             raise InvalidArgument(f"cap is {self.cap}; a batch must have room for at least one unit.")
 
@@ -114,7 +116,8 @@ class TruncatedPoisson:
 
 
 def _check_rate(sample_rate: float) -> None:
-    if not 0 < sample_rate <= 1:
+    if isinstance(sample_rate, bool) or not isinstance(sample_rate, (int, float)) or not 0 < sample_rate <= 1:
         raise InvalidArgument(
-            f"sample_rate is {sample_rate}; it is a probability in (0, 1], usually expected batch size / num_examples."
+            f"sample_rate is {sample_rate!r}; it is a probability in (0, 1], usually expected batch size / "
+            f"num_examples."
         )

@@ -32,9 +32,11 @@ class Flat:
     max_grad_norm: float
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.max_grad_norm) and self.max_grad_norm > 0):
+        value = self.max_grad_norm
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not (is_number and math.isfinite(value) and value > 0):
             raise InvalidArgument(
-                f"max_grad_norm is {self.max_grad_norm}; it must be a positive finite number, because the noise is "
+                f"max_grad_norm is {value!r}; it must be a positive finite number, because the noise is "
                 "scaled to it. A usual start is 1.0."
             )
 

@@ -7,6 +7,7 @@ drawn. Any other order raises :class:`dpkit.errors.OutOfOrder` and releases noth
 from __future__ import annotations
 
 import weakref
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -17,13 +18,34 @@ from dpkit.errors import InvalidArgument, OutOfOrder, RawGradient, UncoveredPara
 from dpkit.gradients import Capture, PerSample, trainable
 from dpkit.mechanisms import RunKey
 
-from .guards import refuse_batch_statistics, refuse_foreign_leaves, refuse_grad_scaler, refuse_loss_shape
+from .batch import structure
+from .guards import (
+    refuse_batch_statistics,
+    refuse_foreign_leaves,
+    refuse_foreign_roots,
+    refuse_grad_scaler,
+    refuse_loss_shape,
+)
 from .loader import Draw, PrivateLoader
 from .plan import Plan
 from .probe import probe_forward
 from .step import BatchDiagnostics, ClippedAccumulator, StepState, release
 
 REDUCTIONS = ("none", "mean", "sum")
+
+# A model stays attached as long as it lives, or until it is detached: were it the engine that kept the attachment
+# alive, a loop that lost its engine would go on without privacy and without a word.
+_ATTACHMENTS: weakref.WeakKeyDictionary[nn.Module, Attachment] = weakref.WeakKeyDictionary()
+
+
+def check_reduction(reduction: str) -> None:
+    """Refuse anything but "none", "mean" and "sum".
+
+    Raises:
+      InvalidArgument: naming them.
+    """
+    if reduction not in REDUCTIONS:
+        raise InvalidArgument(f"loss_reduction is {reduction!r}; it is one of {', '.join(map(repr, REDUCTIONS))}.")
 
 
 class Attachment:
@@ -54,7 +76,7 @@ class Attachment:
         self.batches: PrivateLoader | None = None
         self.steps_taken = 0
         self.nonprivate = BatchDiagnostics()
-        self._model = model
+        self._model = weakref.ref(model)
         self._parameters = parameters
         self._ledger = ledger
         self._record = record
@@ -66,9 +88,27 @@ class Attachment:
         self._sum: ClippedAccumulator | None = None  # of a logical batch that is not released yet
         self._failed = False
         self._written: dict[int, Tensor] = {}  # id of a parameter -> the gradient that the engine gave it
+        self._unused = False  # a release that no optimizer has stepped with
         self._reduction = "none"
         self._differentiating = False
+        self._probed: set[Hashable] = set()
+        self._versions: dict[int, int] | None = None
+        self._handles: list[Any] = []
+        if (earlier := _ATTACHMENTS.get(model)) is not None:
+            earlier.detach()
+        _ATTACHMENTS[model] = self
         self._watch(optimizer)
+
+    def detach(self) -> None:
+        """Leave model and optimizer as they were; this attachment takes no further step."""
+        self._failed = True
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        if self.capture is not None:
+            self.capture.detach()
+        if (model := self._model()) is not None and _ATTACHMENTS.get(model) is self:
+            del _ATTACHMENTS[model]
 
     # -- the order of events ------------------------------------------------------------------------------------------
 
@@ -79,7 +119,7 @@ class Attachment:
                 "a new pass over the loader began in the middle of a logical batch, whose microbatches would be lost "
                 "or counted twice. Finish the pass, or break out of it only after a logical batch."
             )
-        self._draw = None  # a batch that was only looked at: nothing of it was used
+        self._forget()  # a batch that was only looked at: nothing of it was used
         return min(steps_per_pass, self.plan.steps - self.steps_taken)
 
     def receive(self, draw: Draw) -> None:
@@ -94,18 +134,28 @@ class Attachment:
                 "the next batch was drawn before engine.backward had seen the one before; leaving batches out shows "
                 "which ones. Call engine.backward on every batch, and evaluate on a loader of your own."
             )
+        self._forget()
         if (self._sum is None) != (draw.microbatch == 0):
             raise OutOfOrder("microbatches of two logical batches would mix; iterate over one loader at a time.")
         self._draw = draw
 
-    def take_draw(self) -> Draw:
-        """The batch in hand, once."""
+    def _forget(self) -> None:
+        """Nothing of a batch before the next one may still arrive."""
+        self._draw = None
+        if self.capture is not None:
+            self.capture.reset()
+
+    def _in_hand(self) -> Draw:
         if self._draw is None:
             raise OutOfOrder(
                 "there is no private batch to differentiate: it was used already (add the losses of one batch before "
                 "engine.backward; a closure may be evaluated once a step), or it did not come from the private loader."
             )
-        draw, self._draw = self._draw, None
+        return self._draw
+
+    def take_draw(self) -> Draw:
+        """The batch in hand, once."""
+        draw, self._draw = self._in_hand(), None
         self._failed = True  # until the batch is through: whatever happens in between ends the run
         return draw
 
@@ -130,6 +180,8 @@ class Attachment:
             run_key=self._run_key,
         )
         self.steps_taken += 1
+        self._unused = True
+        self._versions = None  # released inside a step, by a closure: the step may move
         for name, parameter in self._parameters.items():
             gradient = released.value[name].to(parameter.dtype)
             parameter.grad = gradient
@@ -146,21 +198,20 @@ class Attachment:
 
     def capture_loop(self, reduction: str) -> None:
         """Capture per-sample gradients of every forward of the model, for :meth:`backward`."""
-        if reduction not in REDUCTIONS:
-            raise InvalidArgument(f"loss_reduction is {reduction!r}; it is one of {', '.join(map(repr, REDUCTIONS))}.")
         self._reduction = reduction
         self.capture = Capture(self._parameters)
-        self.capture.attach(self._model)
-        self.capture.on_forward = self._probe_first_call
+        self.capture.attach(self._require_model())
+        self.capture.on_forward = self._probe_new_call
         self.capture.on_backward_end = self._after_foreign_backward
 
     def backward(self, losses: Tensor) -> None:
         """See :meth:`dpkit.PrivacyEngine.backward`."""
         if self.capture is None:
             raise OutOfOrder("engine.backward belongs to make_private; in the functional form call step(batch).")
+        refuse_loss_shape(losses, self._in_hand().rows, self._reduction)
+        self._refuse_unused_release()
+        refuse_foreign_leaves(losses, self._covered())
         draw = self.take_draw()
-        refuse_loss_shape(losses, draw.rows, self._reduction)
-        refuse_foreign_leaves(losses, {id(self.capture.anchor), *self._names})
         self._differentiating = True
         try:
             self.capture.backward(losses)
@@ -175,13 +226,36 @@ class Attachment:
         """A backward pass ended that may not have been ours: ``loss.backward()`` in the user's loop."""
         if self._differentiating or self.capture is None:
             return
-        if self._reduction == "none":
+        try:
+            if self._reduction == "none":
+                raise OutOfOrder(
+                    "a backward pass went through an attached model without the engine (loss.backward(), "
+                    "torch.autograd.grad); call engine.backward(losses) with one loss per example, or say "
+                    'loss_reduction="mean" or "sum" in make_private. For other gradients, copy.deepcopy(model) is a '
+                    "plain model."
+                )
+            self._refuse_unused_release()
+            refuse_foreign_roots(self._covered())
+            draw = self.take_draw()
+        except BaseException:
             self.capture.reset()
+            raise
+        self._finish(draw)
+
+    def _covered(self) -> set[int]:
+        """Ids of the leaves that a backward pass may reach."""
+        anchor = [] if self.capture is None else [id(self.capture.anchor)]
+        return {*anchor, *self._names}
+
+    def _refuse_unused_release(self) -> None:
+        """A release that was never stepped with is about to be overwritten."""
+        kept = [p.grad for p in self._parameters.values() if p.grad is not None]
+        if self._unused and self._written and kept and bool(kept[0].any()):
             raise OutOfOrder(
-                "loss.backward() was called on an attached model; call engine.backward(losses) with one loss per "
-                'example, or say loss_reduction="mean" or "sum" in make_private.'
+                "the gradient released before was not used: no optimizer.step() and no zero_grad() came after it, and "
+                "the next release would overwrite it. dpkit does not accumulate over logical batches; a larger "
+                "batch_size with max_physical_batch_size does what gradient accumulation is for."
             )
-        self._finish(self.take_draw())
 
     def _finish(self, draw: Draw) -> None:
         assert self.capture is not None
@@ -201,10 +275,11 @@ class Attachment:
 
     def refuse_changes(self) -> None:
         """Refuse a model whose trainable parameters or batch statistics are not those that were attached."""
-        refuse_batch_statistics(self._model)
-        now = {id(p) for p in trainable(self._model).values()}
+        model = self._require_model()
+        refuse_batch_statistics(model)
+        now = {id(p) for p in trainable(model).values()}
         if now != self._names.keys():
-            names = [name for name, p in trainable(self._model).items() if id(p) not in self._names]
+            names = [name for name, p in trainable(model).items() if id(p) not in self._names]
             raise UncoveredParameter(
                 f"the trainable parameters changed after the engine was attached (new: {', '.join(names) or 'none'}), "
                 "so what is clipped is not what is trained. Freeze or unfreeze before make_private."
@@ -233,11 +308,11 @@ class Attachment:
                     "the engine. Use engine.backward, and a copy.deepcopy of the model for gradients of other kinds."
                 )
 
-        optimizer.register_step_pre_hook(before)
-        optimizer.register_step_post_hook(after)
-        for parameter in self._parameters.values():
-            parameter.register_post_accumulate_grad_hook(arrived)
-        self._versions: dict[int, int] | None = None
+        self._handles = [
+            optimizer.register_step_pre_hook(before),
+            optimizer.register_step_post_hook(after),
+            *(p.register_post_accumulate_grad_hook(arrived) for p in self._parameters.values()),
+        ]
 
     def _check_gradients(self, optimizer: torch.optim.Optimizer) -> None:
         refuse_grad_scaler()
@@ -254,6 +329,7 @@ class Attachment:
                         "in place (clip_grad_norm_ does), and let nothing else assign p.grad."
                     )
         # Between releases there are no gradients, and a step must not move anything.
+        self._unused = self._unused and not moving
         self._versions = None if moving else {id(p): p._version for p in self._parameters.values()}
 
     def _check_still(self, optimizer: torch.optim.Optimizer) -> None:
@@ -268,10 +344,19 @@ class Attachment:
                 "of torch.optim)."
             )
 
-    def _probe_first_call(self, args: Any, kwargs: Any) -> None:
-        """The neighbour probe, when the first private batch shows how the model is called."""
+    def _probe_new_call(self, args: Any, kwargs: Any) -> None:
+        """The neighbour probe, whenever a private batch is about to go through the model in a new way."""
         if self._draw is None or self.capture is None:
             return  # a forward of the user's own, outside the loop
-        self.capture.on_forward = None
-        with self.capture.suspended():
-            probe_forward(self._model, (args, kwargs), self._draw.rows)
+        model = self._require_model()
+        way = (tuple(module.training for module in model.modules()), structure((args, kwargs)))
+        if way not in self._probed:
+            with self.capture.suspended():
+                probe_forward(model, (args, kwargs), self._draw.rows)
+            self._probed.add(way)
+
+    def _require_model(self) -> nn.Module:
+        model = self._model()
+        if model is None:
+            raise OutOfOrder("the attached model no longer exists.")
+        return model

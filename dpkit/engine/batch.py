@@ -5,7 +5,7 @@ A batch is a tensor, or a mapping, tuple, named tuple or list of batches; axis 0
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
@@ -37,6 +37,17 @@ def tensors(batch: Batch) -> list[Tensor]:
     found: list[Tensor] = []
     map_tensors(found.append, batch)
     return found
+
+
+def structure(batch: Batch) -> Hashable:
+    """What kind of batch it is: types, names and numbers of axes, no sizes and no values."""
+    if isinstance(batch, Tensor):
+        return batch.dtype, batch.dim()
+    if isinstance(batch, Mapping):
+        return tuple((str(key), structure(value)) for key, value in batch.items())
+    if isinstance(batch, (tuple, list)):
+        return tuple(structure(value) for value in batch)
+    return type(batch)
 
 
 def take(batch: Batch, rows: slice | Tensor) -> Batch:

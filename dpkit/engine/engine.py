@@ -6,10 +6,12 @@ Guarantees:
     next one before that is refused (Law 6).
   * Nothing that the user's loop can count depends on the data: one ``backward`` per batch handed out, public numbers of
     batches (Law 11).
-  * Hooks hold the engine weakly: copies and pickles of the model are plain models.
+  * Copies and pickles of the model are plain models. The model itself stays attached until ``engine.detach()``: losing
+    the engine must not turn a private loop into one without privacy.
 
-Not promised: a loss that mixes examples inside the user's own loop is beyond the neighbour probe, which sees the model
-only; in the functional form it sees the loss as well.
+Not promised: what the user's own loop and ``collate_fn`` do. A loss or a collation that mixes examples, rows that are
+reordered, a weighted mean under ``loss_reduction="mean"``, or other data than the batch handed out are beyond the
+neighbour probe, which sees the model (in the functional form the loss as well); the statement lists what is assumed.
 """
 
 from __future__ import annotations
@@ -31,11 +33,11 @@ from dpkit.gradients import Backend, ghost, trainable
 from dpkit.mechanisms import Gaussian, Mechanism, RunKey
 from dpkit.sampling import Poisson, TruncatedPoisson
 
-from .attachment import Attachment
+from .attachment import Attachment, check_reduction
 from .batch import Batch, take
 from .guards import refuse_model, refuse_optimizer
-from .loader import Draws, Loading, PrivateLoader
-from .plan import Plan, steps_per_epoch
+from .loader import Draws, Loading, PrivateLoader, filled, microbatch_rows
+from .plan import LARGEST_EXCESS, Plan, check_count, check_number, steps_per_epoch
 from .probe import probe_loss
 from .step import BatchDiagnostics
 
@@ -43,6 +45,13 @@ Model = TypeVar("Model", bound=nn.Module)
 Optimizer = TypeVar("Optimizer", bound=torch.optim.Optimizer)
 LossFunction = Callable[[Any, Batch], Tensor]
 Reduction = Literal["none", "mean", "sum"]
+
+_COLLATE_CAVEAT = "Assumed: collate_fn turns each example into one row that depends on that example alone, in order."
+_LOOP_CAVEAT = (
+    f"{_COLLATE_CAVEAT} The training loop computes one loss per row from that row alone, on the batch that it was "
+    f"handed, "
+    "and uses the data in no other way. The loop is the user's own and was not inspected."
+)
 
 
 class PrivacyEngine:
@@ -84,11 +93,14 @@ class PrivacyEngine:
         self._ledger: Ledger | None = None
         if self._ledger_path.exists():
             self._ledger = Ledger.open(self._ledger_path, dataset_name=self._dataset_name)
-        elif ledger is None and (self.run_dir / "nonprivate").exists():
+        elif (self.run_dir / "nonprivate").exists():
             raise LedgerError(
-                f"{self.run_dir} was used by an earlier run and its ledger.sqlite is gone, so what was spent on this "
-                "data is unknown. Put the ledger back, or start in a new folder knowing that the earlier run counts."
+                f"{self.run_dir} was used by an earlier run and its ledger {self._ledger_path} is gone, so what was "
+                "spent on this data is unknown. Put the ledger back, or start in a new folder knowing that the earlier "
+                "run counts."
             )
+        elif self.run_dir.exists() and not self.run_dir.is_dir():
+            raise InvalidArgument(f"run_dir {self.run_dir} is a file; give a folder.")
         self._attached: Attachment | None = None
 
     # -- attaching ----------------------------------------------------------------------------------------------------
@@ -140,6 +152,9 @@ class PrivacyEngine:
         """
         loading = Loading.of(loader)
         loading.check()
+        for name, count in (("num_examples", num_examples), ("epochs", epochs), ("steps", steps)):
+            if count is not None:
+                check_count(name, count)
         batch_size = loader.batch_size or 1
         public_n = len(loading.dataset) if num_examples is None else num_examples
         if public_n < 1:
@@ -149,6 +164,12 @@ class PrivacyEngine:
             )
         if relation is None:
             relation = Relation.ZERO_OUT if num_examples is None else Relation.ADD_REMOVE
+        elif relation == Relation.ADD_REMOVE and num_examples is None:
+            raise InvalidArgument(
+                "under the add/remove relation the size of the data set is private, and without num_examples "
+                "everything "
+                "would be derived from it; give num_examples, a public number."
+            )
         if (epochs is None) == (steps is None):
             raise InvalidArgument(f"epochs is {epochs} and steps is {steps}; give exactly one of them.")
         if (max_grad_norm is None) == (clipping is None):
@@ -156,12 +177,14 @@ class PrivacyEngine:
                 f"max_grad_norm is {max_grad_norm} and clipping is {clipping}; give exactly one of them."
             )
         if clipping is None:
+            check_number("max_grad_norm", max_grad_norm)
             clipping = Flat(float(max_grad_norm or 0.0))
         per_pass = steps_per_epoch(public_n, batch_size)
         sample_rate = min(1.0, batch_size / public_n)
+        rows = None if max_physical_batch_size is None else microbatch_rows(max_physical_batch_size)
         sampler = (
             Poisson(sample_rate)
-            if max_physical_batch_size is None
+            if rows is None
             else TruncatedPoisson(sample_rate, TruncatedPoisson.cap_for(sample_rate * public_n))
         )
         total = steps if steps is not None else (epochs or 0) * per_pass
@@ -179,15 +202,18 @@ class PrivacyEngine:
             )
 
         plan = plan_with(_mechanism(target_epsilon, noise_multiplier, mechanism, plan_with))
-        draws = Draws(plan.sampler, len(loading.dataset), self._run_key, max_physical_batch_size)
+        draws = Draws(plan.sampler, len(loading.dataset), self._run_key, rows)
         template = loading.template(probe_batch)
-        attached = self._attach(model, optimizer, plan, loading, draws.microbatches, target_epsilon)
+        check_reduction(loss_reduction)
+        attached = self._attach(
+            model, optimizer, plan, loading, draws.microbatches, target_epsilon=target_epsilon, caveats=[_LOOP_CAVEAT]
+        )
         attached.capture_loop(loss_reduction)
         private_loader = PrivateLoader(
             loading,
             draws,
             template,
-            microbatch_size=max_physical_batch_size,
+            microbatch_size=rows,
             steps_per_pass=per_pass,
             begin_pass=lambda: attached.begin_pass(per_pass),
             announce=attached.receive,
@@ -223,13 +249,11 @@ class PrivacyEngine:
         """
         loading = Loading(dataset, collate_fn)
         loading.check()
-        if max_physical_batch_size is not None and max_physical_batch_size < 1:
-            raise InvalidArgument(f"max_physical_batch_size is {max_physical_batch_size}; it must be at least 1.")
-        largest = plan.sampler.largest_batch(plan.num_examples)
-        chunk = max_physical_batch_size or largest
+        largest = filled(plan.sampler.largest_batch(LARGEST_EXCESS * plan.num_examples))
+        chunk = largest if max_physical_batch_size is None else microbatch_rows(max_physical_batch_size)
         template = loading.template(probe_batch)
         probe_loss(model, loss_fn, template if probe_batch is None else probe_batch, backend)
-        attached = self._attach(model, optimizer, plan, loading, -(-largest // chunk))
+        attached = self._attach(model, optimizer, plan, loading, -(-largest // chunk), caveats=[_COLLATE_CAVEAT])
         attached.batches = PrivateLoader(
             loading,
             Draws(plan.sampler, len(dataset), self._run_key, None),
@@ -309,6 +333,14 @@ class PrivacyEngine:
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
+    def detach(self) -> None:
+        """Give model and optimizer back as they were. What was charged stays charged; this engine takes no more steps.
+
+        A model stays attached until then, also when the engine is forgotten; attaching it anew detaches it first.
+        """
+        if self._attached is not None:
+            self._attached.detach()
+
     def _require_attached(self) -> Attachment:
         if self._attached is None:
             raise OutOfOrder("the engine is not attached yet; call make_private or attach first.")
@@ -321,6 +353,8 @@ class PrivacyEngine:
         plan: Plan,
         loading: Loading,
         microbatches: int,
+        *,
+        caveats: list[str],
         target_epsilon: float | None = None,
     ) -> Attachment:
         if self._attached is not None:
@@ -334,10 +368,16 @@ class PrivacyEngine:
                 f"num_examples is {plan.num_examples}, but the data set is larger; with truncated Poisson sampling "
                 "(max_physical_batch_size) it must be an upper bound of the size."
             )
+        if len(loading.dataset) > LARGEST_EXCESS * plan.num_examples:
+            raise InvalidArgument(
+                f"num_examples is {plan.num_examples}, and the data set holds more than {LARGEST_EXCESS} times as "
+                f"many; "
+                "sampling, noise and the bound on rounding are derived from it. Give a public number near the size."
+            )
         refuse_model(model)
         parameters = trainable(model)
         refuse_optimizer(optimizer, parameters)
-        record = self._record(plan)
+        record = self._record(plan, caveats)
         cost = Budget(epsilon=target_epsilon or plan.epsilon().upper, delta=plan.delta)
         self._ledger = self._open_or_create(self._budget or cost)
         self._ledger.check(record)
@@ -365,7 +405,7 @@ class PrivacyEngine:
             )
         return self._ledger
 
-    def _record(self, plan: Plan) -> PlanRecord:
+    def _record(self, plan: Plan, caveats: list[str]) -> PlanRecord:
         """What the ledger keeps of the plan, for the statement."""
         certified = self._run_key.certified
         return PlanRecord(
@@ -381,6 +421,7 @@ class PrivacyEngine:
                 "noise_generator": "torch, seeded with 256 bits by the operating system; not cryptographic",
                 "certified": certified,
                 "certified_reason": None if certified else "seeded: whoever knows the seed can remove the noise",
+                "caveats": caveats,
                 "torch_version": str(torch.__version__),
             },
         )
@@ -393,6 +434,9 @@ def _mechanism(
     plan_with: Callable[[Mechanism], Plan],
 ) -> Mechanism:
     """The mechanism that was asked for, calibrated when only its outcome was."""
+    for name, number in (("target_epsilon", target_epsilon), ("noise_multiplier", noise_multiplier)):
+        if number is not None:
+            check_number(name, number)
     given = [value for value in (target_epsilon, noise_multiplier, mechanism) if value is not None]
     if len(given) != 1:
         raise InvalidArgument(

@@ -7,7 +7,7 @@ All of them decide on public things: types, names, shapes, and the structure of 
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -54,8 +54,8 @@ def refuse_batch_statistics(model: nn.Module) -> None:
             raise UnsupportedModule(
                 f"{type(module).__name__} at '{path}' normalises over the batch, so one example changes the "
                 "gradients of all others and no clip can bound it. Replace it by nn.GroupNorm "
-                "(opacus.validators.ModuleValidator.fix does that), or freeze it: put it into eval() mode with its "
-                "running statistics."
+                "(opacus.validators.ModuleValidator.fix does that), or freeze it: put it into eval() mode and give its "
+                "weight and bias requires_grad=False."
             )
         if isinstance(module, _InstanceNorm) and moves_statistics:
             raise UnsupportedModule(
@@ -75,6 +75,8 @@ def refuse_optimizer(optimizer: torch.optim.Optimizer, parameters: Mapping[str, 
             "LBFGS evaluates the loss several times in one step, and each evaluation would be a release of its own. "
             "Use an optimizer that needs one gradient a step (SGD, Adam, AdamW, ...)."
         )
+    if not parameters:
+        raise UncoveredParameter("the model has no trainable parameter; there is nothing to train.")
     covered = {id(p) for p in parameters.values()}
     for number, group in enumerate(optimizer.param_groups):
         for tensor in group["params"]:
@@ -95,19 +97,58 @@ def refuse_foreign_leaves(losses: Tensor, covered: Collection[int]) -> None:
     Raises:
       UncoveredParameter: with the shape of the tensor.
     """
-    pending, seen = [losses.grad_fn], set()
+    for leaf in _leaves(losses):
+        if id(leaf) not in covered:
+            raise UncoveredParameter(
+                f"the losses depend on a trainable tensor of shape {tuple(leaf.shape)} that is not a parameter of the "
+                "attached model: an optimizer of its own would train it without clipping and noise. Attach to a module "
+                "that contains it, or detach it."
+            )
+
+
+def refuse_foreign_roots(covered: Collection[int]) -> None:
+    """:func:`refuse_foreign_leaves` for what ``torch.autograd.backward`` is differentiating now, in a caller's frame.
+
+    A gradient that reached a foreign tensor already is taken back.
+
+    Raises:
+      UncoveredParameter: as there, or when the caller cannot be found.
+    """
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code is not torch.autograd.backward.__code__:
+        frame = frame.f_back
+    roots = None if frame is None else frame.f_locals.get("tensors")
+    if roots is None:
+        raise UncoveredParameter(
+            "the backward pass was not started by loss.backward(), so it cannot be checked which tensors it trains; "
+            "call "
+            "engine.backward(loss)."
+        )
+    for root in (roots,) if isinstance(roots, Tensor) else roots:
+        try:
+            refuse_foreign_leaves(root, covered)
+        except UncoveredParameter:
+            _take_back(root, covered)
+            raise
+
+
+def _take_back(root: Tensor, covered: Collection[int]) -> None:
+    for leaf in _leaves(root):
+        if id(leaf) not in covered:
+            leaf.grad = None
+
+
+def _leaves(root: Tensor) -> Iterator[Tensor]:
+    """The leaves that a gradient of ``root`` reaches."""
+    pending, seen = [root.grad_fn], set()
     while pending:
         node = pending.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
         leaf = getattr(node, "variable", None)
-        if isinstance(leaf, Tensor) and id(leaf) not in covered:
-            raise UncoveredParameter(
-                f"the losses depend on a trainable tensor of shape {tuple(leaf.shape)} that is not a parameter of the "
-                "attached model: an optimizer of its own would train it without clipping and noise. Attach to a module "
-                "that contains it, or detach it."
-            )
+        if isinstance(leaf, Tensor):
+            yield leaf
         pending.extend(parent for parent, _ in node.next_functions)
 
 

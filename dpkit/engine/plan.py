@@ -18,6 +18,9 @@ from dpkit.gradients import ROUNDING_CHAIN
 from dpkit.mechanisms import Mechanism
 from dpkit.sampling import Sampler
 
+LARGEST_EXCESS = 2
+"""How many times the public N the data set may hold: a wrong N must not undo the rounding bound."""
+
 _UNIT_ROUNDOFF = 2.0**-24  # of float32, in which clipped sums are formed and kept
 
 
@@ -50,6 +53,10 @@ class Plan:
     relation: Relation = Relation.ADD_REMOVE
 
     def __post_init__(self) -> None:
+        # A plain string must mean the relation everywhere or nowhere: half a meaning would halve the noise.
+        object.__setattr__(self, "relation", _relation(self.relation))
+        for name in ("steps", "num_examples"):
+            check_count(name, getattr(self, name))
         if self.steps < 1:
             raise InvalidArgument(f"steps is {self.steps}; a plan has at least one step.")
         if self.num_examples < 1:
@@ -57,6 +64,7 @@ class Plan:
                 f"num_examples is {self.num_examples}; it is the public size N of the data set and must be at least 1: "
                 "nothing can be trained on an empty data set."
             )
+        check_number("delta", self.delta)
         if not 0 < self.delta < 1:
             raise InvalidArgument(f"delta is {self.delta}; it is a probability in (0, 1), well below 1/N.")
 
@@ -83,8 +91,9 @@ class Plan:
           bounds: clipping norm C of each group.
           additions: how many partial sums are added up in float32, at most.
         """
-        largest = self.sampler.largest_batch(self.num_examples)
-        moved = 2.0 if self.relation is Relation.REPLACE_ONE else 1.0
+        # The engine refuses data sets of more than LARGEST_EXCESS times N examples, so this is a bound for them all.
+        largest = self.sampler.largest_batch(LARGEST_EXCESS * self.num_examples)
+        moved = 2.0 if self.relation == Relation.REPLACE_ONE else 1.0
         rounding = 2 * (ROUNDING_CHAIN + additions + 8) * _UNIT_ROUNDOFF * largest
         return {group: bound * (moved + rounding) for group, bound in enumerate(bounds)}
 
@@ -92,6 +101,35 @@ class Plan:
         """ε after ``steps`` steps (all planned ones when left out) at the plan's δ."""
         event = accounting.Repeated(event=self.event, count=self.steps if steps is None else steps)
         return accounting.epsilon(event, self.delta, relation=self.relation)
+
+
+def check_count(name: str, value: object) -> None:
+    """Refuse what is not a whole number.
+
+    Raises:
+      InvalidArgument: naming the argument.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidArgument(f"{name} is {value!r}; it must be a whole number.")
+
+
+def check_number(name: str, value: object) -> None:
+    """Refuse what is not a number.
+
+    Raises:
+      InvalidArgument: naming the argument.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise InvalidArgument(f"{name} is {value!r}; it must be a number.")
+
+
+def _relation(value: object) -> Relation:
+    try:
+        return Relation(value)
+    except ValueError:
+        raise InvalidArgument(
+            f"relation is {value!r}; it is one of {', '.join(repr(r.value) for r in Relation)}."
+        ) from None
 
 
 def steps_per_epoch(num_examples: int, batch_size: int) -> int:

@@ -1,13 +1,16 @@
 """The neighbour probe: does one example's gradient depend on another example?
 
 Clipping bounds what an example adds through its own gradient. If it also moves the gradients of others, no clip bounds
-its influence. Before the first charge the engine therefore runs a small synthetic (or public) batch as it is, and
-again with one example replaced by one of other values and another length, and requires that
+its influence. Before the first charge, and before a model is called in a new way, the engine therefore runs a small
+synthetic (or public) batch and requires that
 
-  1. the recorded gradient of every other example stays the same,
-  2. the recorded gradients add up to autograd's gradient of the summed loss,
-  3. book-keeping and functorch (vmap) agree, where functorch can run the model,
-  4. no buffer of the model ends up elsewhere.
+  1. the recorded gradient of every other example stays the same when one is replaced by one of other values and another
+     length,
+  2. an example alone in its batch has the gradient that it had among the others,
+  3. a batch has the gradients that it had before another batch went through the model,
+  4. the recorded gradients add up to autograd's gradient of the summed loss,
+  5. book-keeping and functorch (vmap) agree, where functorch can run the model,
+  6. no parameter is written to, and no buffer ends up elsewhere for another batch.
 
 It answers with nothing or with a refusal, never with a number, and private data decides nothing: only shapes and types
 of a batch are used. It is a test and not a proof: a dependence at a rarely taken branch, or (in the form with the
@@ -37,8 +40,9 @@ _ROWS = 4
 _TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3}  # relative to the largest gradient in the batch
 _LOW_PRECISION_TOLERANCE = 5e-2
 _REMEDY = (
-    "Look for normalisation over the batch, losses that compare examples, token means over a padded batch, and layouts "
-    "whose first axis is not the batch."
+    "Look for normalisation over the batch, losses that compare examples, token means over a padded batch, layouts "
+    "whose "
+    "first axis is not the batch, and modules that remember what went through them."
 )
 
 
@@ -53,13 +57,13 @@ def probe_loss(model: nn.Module, loss_fn: LossFunction, batch: Batch, backend: B
       CrossExample, UnsupportedModule, LossShape: naming what failed and the way out.
     """
     enough = len(tensors(batch)[0]) >= _ROWS
-    original = take(batch, slice(0, _ROWS)) if enough else map_tensors(_synthetic, batch)
     with _undisturbed(model) as restore:
+        original = take(batch, slice(0, _ROWS)) if enough else map_tensors(_synthetic, batch)
         _compare(model, loss_fn, original, backend, restore)
 
 
 def probe_forward(model: nn.Module, call: tuple[Any, Any], rows: int) -> None:
-    """Probe a model whose loss is in the user's loop: per example, a fixed random combination of the model's outputs.
+    """Probe a model whose loss is in the user's loop: per example, a fixed combination of the model's outputs.
 
     Args:
       call: (args, kwargs) of a forward call; tensors with ``rows`` rows give shapes and types and are not read.
@@ -67,65 +71,94 @@ def probe_forward(model: nn.Module, call: tuple[Any, Any], rows: int) -> None:
     Raises:
       CrossExample, UnsupportedModule: naming what failed and the way out.
     """
-    original = map_tensors(lambda leaf: _synthetic(leaf) if leaf.dim() and len(leaf) == rows else leaf, call)
-    with _undisturbed(model) as restore:
-        _compare(model, _combined_outputs, original, ghost, restore)
-
-
-def _combined_outputs(model: nn.Module, call: tuple[Any, Any]) -> Tensor:
-    args, kwargs = call
-    losses: list[Tensor] = []
-
-    def combine(output: Tensor) -> None:
-        if output.is_floating_point() and output.requires_grad and output.dim() and len(output) == _ROWS:
-            flat = output.reshape(_ROWS, -1).float()
-            direction = torch.linspace(-1.0, 2.0, flat.shape[1], device=flat.device)
-            losses.append((flat * direction).sum(1) + (flat * flat).sum(1))
-
-    map_tensors(combine, model(*args, **kwargs))
-    if not losses:
+    examples = [leaf for leaf in tensors(call) if leaf.dim() and len(leaf) == rows]
+    if not examples:
         raise CrossExample(
-            "the neighbour probe found no output of the model with one row per example, so it cannot tell whether "
+            "the neighbour probe found no input of the model with one row per example, so it cannot tell whether "
             "examples influence each other. Use the functional form: engine.attach(model, loss_fn, ...)."
         )
-    return torch.stack(losses).sum(0)
+    with _undisturbed(model) as restore:
+        _compare(model, _OutputLoss(call, rows), [_synthetic(leaf) for leaf in examples], ghost, restore)
+
+
+class _OutputLoss:
+    """``loss_fn`` of a model alone. A batch is the list of those tensors of a call that have one row per example."""
+
+    def __init__(self, call: tuple[Any, Any], rows: int) -> None:
+        self._call = call
+        self._rows = rows
+        self._positions: list[int] | None = None  # of the outputs that have one row per example
+
+    def __call__(self, model: nn.Module, examples: list[Tensor]) -> Tensor:
+        remaining = iter(examples)
+        args, kwargs = map_tensors(
+            lambda leaf: next(remaining) if leaf.dim() and len(leaf) == self._rows else leaf, self._call
+        )
+        outputs = tensors(model(*args, **kwargs))
+        size = len(examples[0])
+        if self._positions is None:
+            self._positions = [
+                number
+                for number, output in enumerate(outputs)
+                if output.is_floating_point() and output.requires_grad and output.dim() and len(output) == size
+            ]
+        losses = []
+        for output in (outputs[number] for number in self._positions):
+            flat = output.reshape(size, -1).float()
+            direction = torch.linspace(-1.0, 2.0, flat.shape[1], device=flat.device)
+            losses.append((flat * direction).sum(1) + (flat * flat).sum(1))
+        if not losses:
+            raise CrossExample(
+                "the neighbour probe found no output of the model with one row per example, so it cannot tell whether "
+                "examples influence each other. Use the functional form: engine.attach(model, loss_fn, ...)."
+            )
+        return torch.stack(losses).sum(0)
 
 
 def _compare(
     model: nn.Module, loss_fn: LossFunction, batch: Batch, backend: Backend, restore: Callable[[], None]
 ) -> None:
     parameters = trainable(model)
+    tolerance = _tolerance(parameters)
+    versions = {name: p._version for name, p in model.named_parameters()}
 
-    def gradients(of: Batch, by: Backend) -> list[Named]:
-        restore()
-        return _rows_of(by.per_sample(model, loss_fn, of, _ROWS)[0], parameters)
+    def gradients(of: Batch, by: Backend = backend) -> list[Named]:
+        torch.manual_seed(0)  # undone by fork_rng: the same draws in every run of the probe
+        return _rows_of(by.per_sample(model, loss_fn, of, len(tensors(of)[0]))[0], parameters)
 
     try:
-        recorded = gradients(batch, backend)
+        recorded = gradients(batch)
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        neighbour = gradients(map_tensors(_replace_first, batch), backend)
-        moved = [name for name, buffer in model.named_buffers() if not torch.equal(buffer, buffers[name])]
         restore()
+        neighbour = gradients(map_tensors(_replace_first, batch))
+        moved = [name for name, buffer in model.named_buffers() if not torch.equal(buffer, buffers[name])]
+        again = gradients(batch)
+        restore()
+        alone = [gradients(take(batch, slice(row, row + 1)))[0] for row in (0, _ROWS - 1)]
+        restore()
+        torch.manual_seed(0)
         losses = loss_fn(model, batch)
         refuse_foreign_leaves(losses, {id(p) for p in parameters.values()})
         total = torch.autograd.grad(losses.sum(), list(parameters.values()), allow_unused=True)
+        restore()
     except DpkitError:
         raise
     except Exception as error:  # the user's model may raise anything on made-up values
         raise CrossExample(
-            f"the neighbour probe could not run the model on a synthetic batch ({type(error).__name__}: {error}). "
-            "Pass a public batch: engine.attach(model, loss_fn, ..., probe_batch=...)."
+            f"the neighbour probe could not run the model on a synthetic batch ({type(error).__name__}: {error}). A "
+            "batch may hold a single example, too. Pass a public batch: engine.attach(model, loss_fn, ..., "
+            "probe_batch=...)."
         ) from error
+    moved += [name for name, p in model.named_parameters() if p._version != versions[name]]
     if moved:
         raise UnsupportedModule(
-            f"buffer '{moved[0]}' moves with the batch, and no noise protects it. Freeze it, or compute it from "
-            "public data."
+            f"'{moved[0]}' of the model is written to by the forward pass, and no noise protects it. Freeze it, or "
+            "compute it from public data."
         )
-    tolerance = _tolerance(parameters)
-    _require(
-        _worst(recorded[1:], neighbour[1:], tolerance),
-        "changes when another example is replaced: the model or the loss mixes the examples of a batch",
-    )
+    mixes = "the model or the loss mixes the examples of a batch"
+    _require(_worst(recorded[1:], neighbour[1:], tolerance), f"changes when another example is replaced: {mixes}")
+    _require(_worst(recorded, again, tolerance), "changes when another batch went before: the model remembers data")
+    _require(_worst([recorded[0], recorded[-1]], alone, tolerance), f"is another one when an example is alone: {mixes}")
     reference = {
         name: torch.zeros_like(p) if gradient is None else gradient
         for (name, p), gradient in zip(parameters.items(), total, strict=True)
@@ -133,14 +166,13 @@ def _compare(
     summed = {name: torch.stack([row[name] for row in recorded]).sum(0) for name in parameters}
     _require(
         _worst([summed], [reference], tolerance),
-        "as recorded per example does not add up to autograd's gradient: the parameter is used in a way that was not "
-        "seen",
+        "as recorded per example does not add up to autograd's: the parameter is used in a way that was not seen",
     )
     if backend is not vmap:
         try:
             independent = gradients(batch, vmap)
         except (DpkitError, RuntimeError, ValueError, TypeError, NotImplementedError):
-            return  # functorch cannot run this model: the two checks above stand alone
+            return  # functorch cannot run this model: the checks above stand alone
         _require(_worst(recorded, independent, tolerance), "differs between book-keeping and functorch")
 
 
@@ -185,14 +217,9 @@ def _synthetic(leaf: Tensor) -> Tensor:
 
 
 def _replace_first(leaf: Tensor) -> Tensor:
-    """The first example replaced: other values, and the second half of its first axis blank like padding."""
-    if leaf.dim() == 0 or len(leaf) != _ROWS:
-        return leaf
+    """The first example replaced: every entry another one, and the second half of its first axis blank like padding."""
     leaf = leaf.clone()
-    if leaf.is_floating_point():
-        leaf[0] = -3.0 * leaf[0] + 1.0
-    elif leaf.dim() == 1:
-        leaf[0] = (leaf[0] == 0).to(leaf.dtype)
+    leaf[0] = 1.0 - 3.0 * leaf[0] if leaf.is_floating_point() else (leaf[0] == 0).to(leaf.dtype)
     if leaf.dim() > 1:
         leaf[0, leaf.shape[1] // 2 + 1 :] = 0
     return leaf
@@ -200,22 +227,28 @@ def _replace_first(leaf: Tensor) -> Tensor:
 
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[Callable[[], None]]:
-    """Dropout off; gives a function that puts random state and buffers back, and calls it at the end."""
+    """Dropout off; gives a function that puts buffers and attributes back. At the end, random state is put back, "
+    "too."""
     dropouts = [module for module in model.modules() if isinstance(module, _DropoutNd) and module.training]
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    attributes: list[tuple[dict[str, Any], dict[str, Any]]] = []
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
 
     def restore() -> None:
-        torch.manual_seed(0)  # undone by fork_rng; the same draws in every run of the probe
+        for now, before in attributes:
+            for name in [name for name in now if name not in before]:
+                del now[name]
+            now.update(before)
         with torch.no_grad():
             for name, buffer in model.named_buffers():
                 buffer.copy_(buffers[name])
 
     with torch.random.fork_rng(devices=devices), torch.enable_grad():
-        for module in dropouts:
-            module.eval()
         try:
-            restore()
+            for module in dropouts:
+                module.eval()
+            attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
+            torch.manual_seed(0)
             yield restore
         finally:
             restore()

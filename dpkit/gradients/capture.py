@@ -103,6 +103,12 @@ class Call(NamedTuple):
                 "the casts of autocast are not recorded",
                 "leave autocast and cast the model instead, as in model.bfloat16()",
             )
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore
+        if hooks is not None and "checkpoint" in getattr(hooks[0], "__qualname__", ""):
+            raise self.unsupported(
+                "gradient checkpointing recomputes it in the backward pass, where uses are not recorded yet",
+                "switch checkpointing off, and use max_physical_batch_size to save memory",
+            )
         output = _Recorded.apply(self.anchor, x, weights, (operation, self.function, self.tape))
         return cast(Tensor, output)
 
@@ -277,8 +283,13 @@ class Capture(TorchFunctionMode):
         return factors.PerSampleGradients(size, forms, {name: p.shape for name, p in self.parameters.items()})
 
     def reset(self) -> None:
-        """Forget the records, and leave the mode if a KeyboardInterrupt in forward() kept it active."""
-        self._tape.take()
+        """Forget the records, those that older graphs may still deliver too, and leave a mode that was kept active.
+
+        A KeyboardInterrupt in forward() keeps it active.
+        """
+        # A new tape: graphs made before this write to the old one, which nobody reads any more.
+        old, self._tape = self._tape, Tape()
+        self._tape.on_backward_end, old.on_backward_end = old.on_backward_end, _refuse_old_graph
         self._entered.clear()
         if self._depth and torch.overrides._get_current_function_mode() is self:
             self._depth = 1
@@ -332,6 +343,12 @@ class Capture(TorchFunctionMode):
 
 
 _PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format)
+
+
+def _refuse_old_graph() -> None:
+    raise errors.OutOfOrder(
+        "a backward pass went through a forward pass of an attached model whose batch is over; nothing of it was used"
+    )
 
 
 class _Recorded(torch.autograd.Function):

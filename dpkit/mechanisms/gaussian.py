@@ -42,9 +42,11 @@ class Gaussian:
     noise_multiplier: float
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier > 0):
+        value = self.noise_multiplier
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not (is_number and math.isfinite(value) and value > 0):
             raise InvalidArgument(
-                f"noise_multiplier is {self.noise_multiplier}; it must be positive and finite, because without noise "
+                f"noise_multiplier is {value!r}; it must be positive and finite, because without noise "
                 "no epsilon holds. `accounting.calibrate_noise_multiplier` finds one for a target epsilon."
             )
 

@@ -91,6 +91,7 @@ class RunKey:
             raise InvalidArgument(f"seed is {seed!r}; give an integer, or None for noise that nobody can repeat.")
         self.certified = seed is None
         self._plan_id: str | None = None
+        self._releases = 0
 
     def __repr__(self) -> str:
         return f"RunKey(certified={self.certified})"
@@ -113,6 +114,7 @@ class RunKey:
             raise OutOfOrder("one run key serves one plan: the steps of two plans would share their noise.")
         self._plan_id = receipt.plan_id
         receipt.consume()
-        # The ledger numbers the steps of a plan, so no two receipts give one key. Not the plan's random name: a seeded
-        # run is to repeat itself.
-        return NoiseKey(_expand(self._secret, "noise", receipt.step))
+        # Counted here and not taken from the receipt: a ledger file that was put back to an earlier state would number
+        # two steps alike, and their difference would be free of noise.
+        self._releases += 1
+        return NoiseKey(_expand(self._secret, "noise", self._releases))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import dpkit
 from accounting import Relation
 from dpkit.engine import PrivacyEngine
+from dpkit.errors import OutOfOrder
 
 
 def data(n: int = 60, features: int = 5, classes: int = 3) -> TensorDataset:
@@ -203,17 +205,51 @@ def test_evaluation_on_a_loader_of_one_s_own_is_untouched(tmp_path: Path) -> Non
     train(engine, model, optimizer, loader, epochs=1)
 
 
-def test_the_model_is_plain_again_when_the_engine_is_gone(tmp_path: Path) -> None:
+def test_losing_the_engine_does_not_make_a_private_loop_plain(tmp_path: Path) -> None:
+    _, model, _, _ = attach(tmp_path)
+    gc.collect()
+    with pytest.raises(OutOfOrder, match=r"engine\.backward"):
+        F.cross_entropy(model(torch.randn(4, 5)), torch.zeros(4, dtype=torch.long)).backward()
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_attaching_anew_detaches_what_was_attached_before(tmp_path: Path) -> None:
+    first, model, optimizer, _ = attach(tmp_path / "first")
+    second = PrivacyEngine(tmp_path / "second")
+    loop = second.make_private(
+        model, optimizer, DataLoader(data(), 10), target_epsilon=8.0, target_delta=1e-4, epochs=1, max_grad_norm=1.0
+    )
+    assert train(second, *loop, epochs=1) == 6
+    with pytest.raises(OutOfOrder):
+        first.backward(torch.zeros(16))
+
+
+def test_the_model_is_plain_again_when_the_engine_is_detached(tmp_path: Path) -> None:
     engine, model, optimizer, loader = attach(tmp_path)
     train(engine, model, optimizer, loader, epochs=1)
-    del engine, loader
-    import gc
-
-    gc.collect()
+    engine.detach()
     model.zero_grad()
     F.cross_entropy(model(torch.randn(4, 5)), torch.zeros(4, dtype=torch.long)).backward()
     assert all(p.grad is not None for p in model.parameters())
     optimizer.step()
+    with pytest.raises(OutOfOrder):
+        next(iter(loader))
+
+
+def test_closures_and_accelerated_loops_step_with_the_released_gradient(tmp_path: Path) -> None:
+    engine, model, optimizer, loader = attach(tmp_path)
+    for x, y in loader:
+
+        def closure(x=x, y=y) -> torch.Tensor:
+            optimizer.zero_grad()
+            losses = F.cross_entropy(model(x), y, reduction="none")
+            engine.backward(losses)
+            return losses.detach().mean()
+
+        before = model[0].weight.detach().clone()
+        optimizer.step(closure)
+        assert not torch.equal(before, model[0].weight)
+    assert engine.steps_taken == 6
 
 
 def test_workers_collate_and_structures_are_kept(tmp_path: Path) -> None:

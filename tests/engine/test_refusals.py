@@ -206,10 +206,24 @@ def test_a_step_that_failed_ends_the_run(tmp_path: Path) -> None:
     engine, model, _, loader = make(tmp_path, mlp())
     batches = iter(loader)
     x, y = next(batches)
-    with pytest.raises(LossShape):
-        engine.backward(F.cross_entropy(model(x), y))
+    losses = F.cross_entropy(model(x), y, reduction="none")
+    losses.register_hook(lambda gradient: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        engine.backward(losses)
     with pytest.raises(OutOfOrder, match="failed"):
         next(batches)
+    with pytest.raises(OutOfOrder, match="failed"):
+        next(iter(loader))
+    assert charges(engine) == 0
+
+
+def test_a_wrong_shape_can_be_mended_in_the_same_batch(tmp_path: Path) -> None:
+    engine, model, _, loader = make(tmp_path, mlp())
+    x, y = next(iter(loader))
+    with pytest.raises(LossShape):
+        engine.backward(F.cross_entropy(model(x), y))
+    engine.backward(F.cross_entropy(model(x), y, reduction="none"))
+    assert charges(engine) == 1
 
 
 def test_an_unknown_operation_on_a_parameter_is_named_with_the_remedy(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from scipy import stats
 
 import accounting
-from accounting import Budget, Ledger, PlanRecord, Relation
+from accounting import Budget, Ledger, PlanRecord, Receipt, Relation
 from dpkit.errors import InvalidArgument, LedgerError
 from dpkit.mechanisms import Gaussian, NoiseKey, RunKey
 from dpkit.mechanisms.keys import generator_from
@@ -139,10 +139,21 @@ def test_the_secret_cannot_be_copied_stored_or_printed() -> None:
 def test_a_seeded_run_repeats_itself_and_says_that_it_is_not_certified(ledger: Ledger) -> None:
     assert RunKey().certified and not RunKey(0).certified
     plan = record()
-    receipts = [ledger.charge(plan, plan.event) for _ in range(2)]
-    first = draw(ClippedSum((query((5,)),)), RunKey(3).noise_key(receipts[0]))[0]
-    second = draw(ClippedSum((query((5,)),)), RunKey(3).noise_key(receipts[1]))[0]
+    once, twice = RunKey(3), RunKey(3)
+    first, second, repeated = (
+        draw(ClippedSum((query((5,)),)), run.noise_key(ledger.charge(plan, plan.event)))[0]
+        for run in (once, once, twice)
+    )
+    assert torch.equal(first, repeated)
     assert not torch.equal(first, second), "two steps of a seeded run must not share their noise"
+
+
+def test_a_ledger_that_was_put_back_does_not_repeat_noise() -> None:
+    """Two receipts for one step, as a ledger file copied back during a run would give."""
+    run = RunKey()
+    receipts = [Receipt(sequence=5, plan_id="p", step=5, digest="d") for _ in range(2)]
+    first, second = (draw(ClippedSum((query((5,)),)), run.noise_key(receipt))[0] for receipt in receipts)
+    assert not torch.equal(first, second)
 
 
 def test_sampling_and_noise_share_no_stream(ledger: Ledger) -> None:

@@ -42,23 +42,24 @@ def test_a_record_becomes_null_and_the_others_stay(
     compare(Setup(form=form, subject="ties", public_n=4, micro=micro, dtype=dtype, relation=Relation.ZERO_OUT), folder)
 
 
+@pytest.mark.parametrize(
+    ("form", "n", "dtype"),
+    [("loop", 4, torch.float32), ("step", 4, torch.float32), ("loop", 9, torch.float64), ("step", 17, torch.float32)],
+    ids=str,
+)
+def test_a_record_leaves_and_the_others_stay(form: str, n: int, dtype: torch.dtype, folder: Path) -> None:
+    compare(Setup(form=form, subject="ties", public_n=n, dtype=dtype), folder)
+
+
 @pytest.mark.xfail(
     raises=Violation,
     strict=False,  # it depends on the processor's kernels
-    reason="batches have as many rows as were drawn, or the kernel treats the last rows of a microbatch differently",
+    reason="a microbatch of fewer than 16 rows is not filled up, and the kernel treats its last rows differently",
 )
 @pytest.mark.parametrize(
-    ("form", "micro", "n", "dtype"),
-    [
-        ("loop", None, 4, torch.float32),
-        ("step", None, 4, torch.float32),
-        ("step", 2, 9, torch.float32),
-        ("loop", None, 9, torch.float64),
-        ("loop", 5, 65, torch.float64),
-    ],
-    ids=str,
+    ("form", "micro", "n", "dtype"), [("step", 2, 9, torch.float32), ("loop", 5, 65, torch.float64)], ids=str
 )
-def test_a_record_leaves_and_the_others_stay(
-    form: str, micro: int | None, n: int, dtype: torch.dtype, folder: Path
+def test_a_record_leaves_and_the_others_stay_in_small_microbatches(
+    form: str, micro: int, n: int, dtype: torch.dtype, folder: Path
 ) -> None:
     compare(Setup(form=form, subject="ties", public_n=n, micro=micro, dtype=dtype), folder)
