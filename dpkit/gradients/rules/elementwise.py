@@ -1,4 +1,4 @@
-"""A raw parameter that meets a batch by broadcasting: scales, biases, class tokens, position tables.
+"""A raw parameter that meets a batch by broadcasting: scales, biases, whole position tables.
 
 The parameter is expanded over the batch before the operation, so that autograd itself delivers one gradient for each
 example; the operation runs unchanged.  The other tensor must bring the batch axis: a parameter with an axis of its own
