@@ -28,7 +28,7 @@ from .guards import (
 )
 from .loader import Draw, PrivateLoader
 from .plan import Plan
-from .probe import probe_forward
+from .probe import probe_forward, training_mode
 from .step import BatchDiagnostics, ClippedAccumulator, StepState, release
 
 REDUCTIONS = ("none", "mean", "sum")
@@ -349,7 +349,7 @@ class Attachment:
         if self._draw is None or self.capture is None:
             return  # a forward of the user's own, outside the loop
         model = self._require_model()
-        way = (tuple(module.training for module in model.modules()), structure((args, kwargs)))
+        way = (training_mode(model), structure((args, kwargs)))
         if way not in self._probed:
             with self.capture.suspended():
                 probe_forward(model, (args, kwargs), self._draw.rows)

@@ -16,7 +16,7 @@ neighbour probe, which sees the model (in the functional form the loss as well);
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -38,7 +38,7 @@ from .batch import Batch, take
 from .guards import refuse_model, refuse_optimizer
 from .loader import Draws, Loading, PrivateLoader, filled, microbatch_rows
 from .plan import LARGEST_EXCESS, Plan, check_count, check_number, steps_per_epoch
-from .probe import probe_loss
+from .probe import probe_loss, training_mode
 from .step import BatchDiagnostics
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -166,8 +166,7 @@ class PrivacyEngine:
             relation = Relation.ZERO_OUT if num_examples is None else Relation.ADD_REMOVE
         elif relation == Relation.ADD_REMOVE and num_examples is None:
             raise InvalidArgument(
-                "under the add/remove relation the size of the data set is private, and without num_examples "
-                "everything "
+                "under the add/remove relation the size of the data set is private, and without num_examples all else "
                 "would be derived from it; give num_examples, a public number."
             )
         if (epochs is None) == (steps is None):
@@ -252,7 +251,14 @@ class PrivacyEngine:
         largest = filled(plan.sampler.largest_batch(LARGEST_EXCESS * plan.num_examples))
         chunk = largest if max_physical_batch_size is None else microbatch_rows(max_physical_batch_size)
         template = loading.template(probe_batch)
-        probe_loss(model, loss_fn, template if probe_batch is None else probe_batch, backend)
+        probed: set[Hashable] = set()
+
+        def probe_new_mode() -> None:
+            if (mode := training_mode(model)) not in probed:
+                probe_loss(model, loss_fn, template if probe_batch is None else probe_batch, backend)
+                probed.add(mode)
+
+        probe_new_mode()
         attached = self._attach(model, optimizer, plan, loading, -(-largest // chunk), caveats=[_COLLATE_CAVEAT])
         attached.batches = PrivateLoader(
             loading,
@@ -267,6 +273,7 @@ class PrivacyEngine:
         def step(batch: Batch) -> None:
             draw = attached.take_draw()
             attached.refuse_changes()
+            probe_new_mode()
             for start in range(0, draw.rows, chunk):
                 rows = slice(start, min(start + chunk, draw.rows))
                 size = rows.stop - rows.start

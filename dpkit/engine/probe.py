@@ -19,7 +19,7 @@ user's own loop) one inside the user's loss, is not seen.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,6 +44,11 @@ _REMEDY = (
     "whose "
     "first axis is not the batch, and modules that remember what went through them."
 )
+
+
+def training_mode(model: nn.Module) -> Hashable:
+    """Which modules are in training mode: a model may compute something else in every mode."""
+    return tuple(module.training for module in model.modules())
 
 
 def probe_loss(model: nn.Module, loss_fn: LossFunction, batch: Batch, backend: Backend) -> None:

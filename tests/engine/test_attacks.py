@@ -117,6 +117,32 @@ def test_a_model_is_probed_again_when_it_is_switched_to_training(tmp_path: Path)
     assert charges(engine) == 1
 
 
+def test_the_functional_form_probes_every_mode_too(tmp_path: Path) -> None:
+    model = BatchMean(nn.Identity(), 5, training_only=True).eval()
+    engine = dpkit.PrivacyEngine(tmp_path)
+    plan = dpkit.Plan(
+        sampler=dpkit.Poisson(0.2),
+        clip=dpkit.clipping.Flat(1.0),
+        mechanism=dpkit.Gaussian(1.0),
+        steps=5,
+        num_examples=60,
+        delta=1e-4,
+    )
+    step = engine.attach(
+        model,
+        lambda m, b: F.cross_entropy(m(b[0]), b[1], reduction="none"),
+        torch.optim.SGD(model.parameters(), 0.1),
+        plan=plan,
+        dataset=data(),
+    )
+    batches = engine.batches()
+    step(next(batches))
+    model.train()
+    with pytest.raises(CrossExample):
+        step(next(batches))
+    assert charges(engine) == 1
+
+
 class Remembers(nn.Module):
     """Keeps a running mean of its inputs where ``named_buffers`` does not look."""
 
