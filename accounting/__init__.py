@@ -40,7 +40,8 @@ from .records import Budget as Budget
 from .records import PlanRecord as PlanRecord
 from .records import Receipt as Receipt
 from .records import Spent as Spent
+from .rounding import round_up as round_up
+from .rounding import round_up_text as round_up_text
 from .statement import PlanStatement as PlanStatement
 from .statement import Statement as Statement
-from .statement import round_up as round_up
 from .statement import statement as statement

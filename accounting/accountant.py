@@ -17,7 +17,7 @@ from . import gaussian, rdp
 from .errors import InvalidParameter, Unsupported
 from .events import Event, Gaussian, Relation
 from .normal_form import Counted, normal_form
-from .values import check_delta, check_epsilon
+from .values import check_delta, check_epsilon, shown
 
 By = Literal["gaussian", "rdp"]
 
@@ -93,9 +93,9 @@ def _best(
     by: str | None,
     ask: Callable[[_Accountant, Counted, Relation], tuple[float, float, float]],
 ) -> Bound:
-    if by is not None and by not in _ACCOUNTANTS:
+    if by is not None and not (isinstance(by, str) and by in _ACCOUNTANTS):
         raise InvalidParameter(
-            f"by = {by!r}: the accountants are {', '.join(_ACCOUNTANTS)}; leave it out for the best."
+            f"by = {shown(by)}: the accountants are {', '.join(_ACCOUNTANTS)}; leave it out for the best."
         )
     relation = _relation(relation)
     atoms = normal_form(event)
@@ -114,4 +114,4 @@ def _relation(relation: Relation) -> Relation:
         return Relation(relation)
     except ValueError:
         names = ", ".join(member.value for member in Relation)
-        raise InvalidParameter(f"relation = {relation!r}: it must be one of {names}.") from None
+        raise InvalidParameter(f"relation = {shown(relation)}: it must be one of {names}.") from None

@@ -7,7 +7,8 @@ the last committed state (SQLite: ``journal_mode=DELETE``, ``synchronous=EXTRA``
 
 Every entry carries ``SHA-256(digest of the entry before || body)``, and one row holds (last sequence, last digest) and
 is updated in the same transaction, so that a changed, swapped or deleted row is seen, the last one included.  All of
-it is verified when the file is opened; later only what was appended since.
+it is verified when the file is opened; later only what was appended since.  A file that lost entries which this
+object has seen or written, say because an older copy was written over it, is damaged: a step would repeat its noise.
 
 What it does not promise: the hashes hold no secret.  They show accidents and careless edits.  Whoever can write the
 file can also forge it as a whole, or put an older copy in its place; against that, keep an anchor (sequence, digest)
@@ -51,6 +52,7 @@ class Chain:
         self.path = path
         self.read_only = read_only
         self.position = _START
+        self._witnessed = _START
         self._pid = os.getpid()
         with self._translated():
             self._file = _identity(path)
@@ -130,16 +132,20 @@ class Chain:
     def append(self, decide: Callable[[list[bytes]], list[bytes]]) -> Position:
         """Appends what ``decide(bodies appended since the last look)`` returns, under the write lock.
 
-        Returns the position of the last appended entry, once it is on the disk. The next look shows these entries
-        too. If ``decide`` raises, nothing is written.
+        Returns the position of the last appended entry, once it is on the disk; the next look begins after it. If
+        ``decide`` raises, nothing is written. If COMMIT fails, the next look tells what was.
         """
         if self.read_only:
             raise LedgerError(f"{self.path} was opened for reading. Open it with read_only=False to charge.")
         with self._translated(), self._transaction("IMMEDIATE"):
-            return self._append(decide(self._catch_up()))
+            position = self._append(decide(self._catch_up()))
+        # Only now: memory never runs ahead of the file, nor stays behind it, where a lost entry would go unseen.
+        self.position = position
+        return position
 
     def rewind(self) -> None:
-        """The next look starts from the first entry."""
+        """The next look starts from the first entry, and must find again what was seen before."""
+        self._witnessed = max(self._witnessed, self.position)
         self.position = _START
 
     def digest_of(self, sequence: int) -> bytes | None:
@@ -187,6 +193,9 @@ class Chain:
             raise LedgerError(f"{self.path} was replaced while it was open. Find out why, then open it again.")
         if self._connection.in_transaction:  # left behind by a signal that struck between two lines
             self._connection.execute("ROLLBACK")
+        # SQLite trusts the pages it remembers as long as a counter in the file is the same, and an older copy with as
+        # many commits after it has the same: forget them.
+        self._connection.execute("PRAGMA shrink_memory")
         self._connection.execute(f"BEGIN {kind}")
         try:
             yield
@@ -211,9 +220,13 @@ class Chain:
             sequence += 1
             if not isinstance(body, bytes) or number != sequence or digest != (tip := _link(tip, body)):
                 raise _damaged(self.path, f"the chain breaks at entry {sequence}")
+            if number == self._witnessed.sequence and tip != self._witnessed.tip:
+                raise _damaged(self.path, f"entry {number} is another one than before")
             bodies.append(body)
         if heads != [(sequence, tip)]:
             raise _damaged(self.path, f"it ends at entry {sequence}, which is not the one that was written last")
+        if sequence < self._witnessed.sequence:
+            raise _damaged(self.path, f"it ends at entry {sequence}; it held {self._witnessed.sequence} before")
         self.position = Position(sequence, tip)
         return bodies
 

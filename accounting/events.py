@@ -11,14 +11,16 @@ is taken under the neighbouring relation of the plan (one record's clipping norm
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, PrivateAttr, TypeAdapter, ValidationError
 
 from .errors import InvalidParameter, LedgerError, Unsupported
 from .values import Count, PositiveCount, PositiveFloat, Probability, Value, explain
 
 EVENT_VERSION = 1
+DEEPEST = 50
+"""Most events inside one another: everything that reads an event, JSON parsers too, has a limit of its own."""
 
 
 class Relation(StrEnum):
@@ -39,7 +41,20 @@ class Gaussian(Value):
     kind: Literal["gaussian"] = "gaussian"
 
 
-class Poisson(Value):
+class _Nested(Value):
+    """An event that holds events."""
+
+    _depth: int = PrivateAttr(default=0)
+
+    def model_post_init(self, _: Any, /) -> None:
+        inner = self.events if isinstance(self, Composed) else [getattr(self, "event", None)]
+        depth = 1 + max((part._depth for part in inner if isinstance(part, _Nested)), default=0)
+        if depth > DEEPEST:
+            raise ValueError(f"events may lie in one another at most {DEEPEST} deep")
+        self._depth = depth  # pyright: ignore[reportAttributeAccessIssue]  # private, and set before anyone sees it
+
+
+class Poisson(_Nested):
     """``event`` on a fresh subsample that holds each record independently with probability ``sample_rate``."""
 
     sample_rate: Probability
@@ -47,7 +62,7 @@ class Poisson(Value):
     kind: Literal["poisson"] = "poisson"
 
 
-class TruncatedPoisson(Value):
+class TruncatedPoisson(_Nested):
     """A Poisson subsample that, if larger than ``cap``, is cut to a uniformly drawn subset of ``cap`` records.
 
     Attributes:
@@ -62,7 +77,7 @@ class TruncatedPoisson(Value):
     kind: Literal["truncated_poisson"] = "truncated_poisson"
 
 
-class Repeated(Value):
+class Repeated(_Nested):
     """``event`` run ``count`` times, each with fresh randomness; later runs may depend on earlier outputs."""
 
     event: Event
@@ -70,7 +85,7 @@ class Repeated(Value):
     kind: Literal["repeated"] = "repeated"
 
 
-class Composed(Value):
+class Composed(_Nested):
     """All ``events`` one after the other. Inside a Poisson event: all of them on the same subsample."""
 
     events: tuple[Event, ...]

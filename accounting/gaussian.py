@@ -19,7 +19,7 @@ import math
 
 import scipy
 
-from .normal_form import Counted, merged
+from .normal_form import Counted, precision
 
 # Relative error of one Mills ratio is a few units of 2^-53; the ratio of two is far below this.
 _ROUNDING = 1e-14
@@ -27,7 +27,7 @@ _ROUNDING = 1e-14
 
 def mu_of(atoms: Counted) -> float:
     """``mu = sqrt(sum count / noise_multiplier^2)`` of composed unsampled Gaussians; 0 for none."""
-    return 1.0 / merged(atoms).noise_multiplier if atoms else 0.0
+    return math.sqrt(precision(atoms))
 
 
 def epsilon_bounds(mu: float, delta: float) -> tuple[float, float, float]:
@@ -41,8 +41,10 @@ def delta_bounds(mu: float, epsilon: float) -> tuple[float, float, float]:
     if mu == 0:
         return 0.0, 0.0, 0.0
     offset = epsilon / mu - mu / 2
+    if offset > 1e150:  # less than the least double, and squares would overflow
+        return 0.0, 0.0, math.ulp(0.0)
     lower, estimate, upper = (math.exp(_log_delta(offset, mu, slack)) for slack in (-_ROUNDING, 0.0, _ROUNDING))
-    return lower * (1 - _ROUNDING), estimate, min(1.0, upper * (1 + _ROUNDING))
+    return lower * (1 - _ROUNDING), estimate, min(1.0, upper * (1 + _ROUNDING) + math.ulp(0.0))
 
 
 def _epsilon(mu: float, log_delta: float, slack: float) -> float:

@@ -18,9 +18,10 @@ differ between neighbours.  What the file guarantees is written in ``chain.py``.
 from __future__ import annotations
 
 import json
-import math
 import os
 import threading
+from collections.abc import Iterable
+from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from .chain import Chain
 from .errors import BudgetExceeded, InvalidParameter, LedgerError
 from .events import Event, Relation, Repeated
 from .records import Budget, PlanRecord, Receipt, Spent
+from .rounding import as_typed, round_up_text
 from .values import Name, Value
 
 
@@ -62,7 +64,7 @@ class Ledger:
           LedgerError: the file exists, or its folder cannot be written to.
         """
         first = _encode("header", _Header(dataset_name=dataset_name, budget=budget).model_dump(mode="json"))
-        chain = Chain.create(Path(path), first, timeout=timeout)
+        chain = Chain.create(_checked(path), first, timeout=timeout)
         return cls(chain, chain.read())
 
     @classmethod
@@ -83,7 +85,7 @@ class Ledger:
         Raises:
           LedgerError: missing, damaged, locked, of a newer version, or the ledger of another data set.
         """
-        chain, bodies = Chain.open(Path(path), read_only=read_only, timeout=timeout)
+        chain, bodies = Chain.open(_checked(path), read_only=read_only, timeout=timeout)
         try:
             ledger = cls(chain, bodies)
             if dataset_name is not None and dataset_name != ledger.dataset_name:
@@ -143,18 +145,19 @@ class Ledger:
             epsilon_of(plan, plan.steps)  # cached, so that nobody waits for the lock while it is computed
         with self._lock:
             self._heal()
-            step = 0
+            step, written = 0, []
 
             def decide(unseen: list[bytes]) -> list[bytes]:
-                nonlocal step
+                nonlocal step, written
                 self._replay(unseen)
                 self._admit(plan)
                 step = self._charged.get(plan.plan_id, 0) + 1
                 charge = _encode("charge", {"plan_id": plan.plan_id, "step": step})
-                return [charge] if step > 1 else [_encode("plan", plan.model_dump(mode="json")), charge]
+                written = [charge] if step > 1 else [_encode("plan", plan.model_dump(mode="json")), charge]
+                return written
 
-            # Memory follows the file at the next look, never ahead of it.
             sequence, tip = self._chain.append(decide)
+            self._replay(written)
         return Receipt(sequence=sequence, plan_id=plan.plan_id, step=step, digest=tip.hex())
 
     def plans(self) -> list[tuple[PlanRecord, int]]:
@@ -167,11 +170,11 @@ class Ledger:
         """What the charges cost so far; see :class:`Spent` for what one plan and several plans mean."""
         plans = self.plans()
         planned = [epsilon_of(plan, plan.steps) for plan, _ in plans]
-        committed = math.fsum([bound.upper for bound in planned])
+        committed = _total(bound.upper for bound in planned)
         now = [epsilon_of(plans[0][0], plans[0][1])] if len(plans) == 1 else planned
         return Spent(
-            epsilon=math.fsum([bound.upper for bound in now]),
-            delta=math.fsum([plan.delta for plan, _ in plans]),
+            epsilon=_total(bound.upper for bound in now),
+            delta=_total(plan.delta for plan, _ in plans),
             committed_epsilon=committed,
             accountant="+".join(dict.fromkeys(bound.accountant for bound in now)) or "none",
             steps_charged=sum(charged for _, charged in plans),
@@ -240,16 +243,17 @@ class Ledger:
                 )
         earlier = [epsilon_of(known, known.steps).upper for known in self._plans.values()]
         own = epsilon_of(plan, plan.steps).upper
-        total = math.fsum([*earlier, own])
-        if total > self.budget.epsilon:
+        if _total([*earlier, own]) > self.budget.epsilon:
             raise BudgetExceeded(
-                f"The plan costs epsilon {own:.4g} and the plans before it {math.fsum(earlier):.4g}: together that is "
-                f"over the budget {self.budget.epsilon:g} of {self.dataset_name!r}. Take more noise or fewer steps."
+                f"The plan costs epsilon {round_up_text(own)} and the plans before it "
+                f"{round_up_text(_total(earlier))}: together that is over the budget {self.budget.epsilon!r} of "
+                f"{self.dataset_name!r}. Take more noise or fewer steps."
             )
-        if (delta := math.fsum([plan.delta, *(known.delta for known in self._plans.values())])) > self.budget.delta:
+        deltas = [plan.delta, *(known.delta for known in self._plans.values())]
+        if _exact_sum(deltas) > as_typed(self.budget.delta):
             raise BudgetExceeded(
-                f"The plan's delta {plan.delta:g} and those before it add up to {delta:g}: more than the budget "
-                f"{self.budget.delta:g} of {self.dataset_name!r}. Take a smaller delta."
+                f"The plan's delta {plan.delta!r} and the {round_up_text(_total(deltas[1:]))} of the plans before it "
+                f"add up to more than the budget {self.budget.delta!r} of {self.dataset_name!r}. Take a smaller delta."
             )
 
     def _catch_up(self) -> None:
@@ -268,7 +272,7 @@ class Ledger:
         try:
             for body in bodies:
                 self._take(body)
-        except (InvalidParameter, KeyError, TypeError, ValueError) as error:
+        except (InvalidParameter, KeyError, TypeError, ValueError, RecursionError) as error:
             raise LedgerError(
                 f"{self.path} holds an entry that makes no sense: {error}. It was written by something else, or by a "
                 "newer version. Restore it from a backup or upgrade the package."
@@ -294,6 +298,31 @@ class Ledger:
 
 def _encode(kind: str, body: dict[str, Any]) -> bytes:
     return json.dumps({"kind": kind, **body}, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _checked(path: str | os.PathLike[str]) -> Path:
+    """``path``, unless no file can have that name."""
+    try:
+        name = os.fspath(path)
+        possible = isinstance(name, str) and b"\0" not in os.fsencode(name)
+    except (TypeError, UnicodeEncodeError):
+        possible = False
+    if not possible:
+        raise LedgerError(f"{path!r} is not the name of a file. Give the ledger's path as a str or a Path.")
+    return Path(path)
+
+
+def _exact_sum(numbers: Iterable[float]) -> Fraction:
+    """The sum of the decimals as people type and read them: three times 1e-5 is 3e-5, and not a hair more."""
+    return sum((as_typed(number) for number in numbers), Fraction(0))
+
+
+def _total(numbers: Iterable[float]) -> float:
+    """The double nearest to the exact sum.
+
+    Of epsilons that is off by less than one part in 10^15, and every bound was raised by more than that for rounding.
+    """
+    return float(_exact_sum(numbers))
 
 
 def epsilon_of(plan: PlanRecord, steps: int) -> Bound:

@@ -27,17 +27,24 @@ def normal_form(event: Event) -> Counted:
 
     Raises:
       Unsupported: sampling inside sampling, for which no theorem is implemented here.
+      InvalidParameter: more releases of one mechanism than a double can count.
     """
     counts: dict[Atom, int] = {}
     for atom, count in _atoms(event):
         counts[atom] = counts.get(atom, 0) + count
+    if max(counts.values(), default=0) >= 2**53:
+        raise InvalidParameter("The counts of the event multiply to 2^53 or more: give the steps of a real run.")
     return [(atom, count) for atom, count in counts.items() if count > 0]
 
 
 def merged(gaussians: Counted) -> Gaussian:
     """The one Gaussian that equals all of ``gaussians`` on the same data."""
-    precision = math.fsum(count / atom.noise_multiplier**2 for atom, count in gaussians if isinstance(atom, Gaussian))
-    return Gaussian(noise_multiplier=precision**-0.5)
+    return Gaussian(noise_multiplier=precision(gaussians) ** -0.5)
+
+
+def precision(gaussians: Counted) -> float:
+    """``sum count / noise_multiplier^2``, the inverse square of what all of ``gaussians`` together amount to."""
+    return math.fsum(count / atom.noise_multiplier**2 for atom, count in gaussians if isinstance(atom, Gaussian))
 
 
 def _atoms(event: Event) -> Counted:

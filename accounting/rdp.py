@@ -60,11 +60,12 @@ def delta_upper(atoms: Counted, epsilon: float, relation: Relation) -> float:
     mixture = _mixture_over_bad_steps(atoms, relation, negligible=1e-30)
     if mixture is not None:
         delta = min(delta, mixture.delta(epsilon))
-    return min(1.0, delta * (1 + 1e-9))
+    return min(1.0, delta * (1 + 1e-9) + math.ulp(0.0))  # what underflows is not nothing
 
 
 def _deltas(log_moments: Vector, epsilon: float) -> Vector:
     """The best bound of delta over the orders (the last axis), at most 1."""
+    epsilon = min(epsilon, 1e300)  # delta falls with epsilon; beyond this the product would overflow
     return np.exp(np.minimum(0.0, np.min(log_moments + _CONVERSION - _ABOVE_ONE * epsilon, axis=-1)))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import threading
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 from pydantic import Field
 
@@ -12,7 +12,8 @@ from .errors import LedgerError
 from .events import Event, Relation
 from .values import Delta, Name, PositiveCount, PositiveFloat, Value
 
-Fact = str | int | float | bool | None | list[str]
+# Whole numbers as JSON readers everywhere take them.
+Fact = str | Annotated[int, Field(gt=-(2**63), lt=2**63)] | float | bool | None | list[str]
 
 
 class Budget(Value):

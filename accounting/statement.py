@@ -5,16 +5,15 @@ Epsilon is an upper bound, rounded up, and never stands without delta, unit, rel
 
 from __future__ import annotations
 
-import math
+import textwrap
 from collections.abc import Callable
-from decimal import ROUND_CEILING, Decimal
 
 from .accountant import DESCRIPTIONS
-from .errors import InvalidParameter
 from .events import Event, Gaussian, Poisson, Relation, TruncatedPoisson
 from .ledger import Ledger, epsilon_of
 from .normal_form import Atom, normal_form
 from .records import Budget, PlanRecord
+from .rounding import round_up, round_up_text
 from .values import Value
 
 _RELATIONS = {
@@ -72,12 +71,12 @@ class Statement(Value):
             return f"Data set {self.dataset_name!r}: nothing was charged yet; epsilon = 0."
         lines = [
             f"Privacy statement for data set {self.dataset_name!r}",
-            f"  epsilon <= {self.epsilon:.4f} at delta = {self.delta:g}",
+            f"  epsilon <= {self.epsilon:.4f} at delta = {round_up_text(self.delta)}",
             f"  unit: one {self.unit}; relation: {self.relation}",
             f"  accountant: {self.accountant}",
             f"  committed: epsilon <= {self.committed_epsilon:.4f} at all planned steps; if a run was stopped because "
             "of what was seen, this is the guarantee",
-            f"  budget: epsilon {self.budget.epsilon:g}, delta {self.budget.delta:g}",
+            f"  budget: epsilon {self.budget.epsilon!r}, delta {self.budget.delta!r}",
             f"  data accesses: {self.data_accesses}",
         ]
         for plan in self.plans:
@@ -90,7 +89,7 @@ class Statement(Value):
         lines.append(f"  CERTIFIED: {'YES' if self.certified else 'NO'} ({self.certified_reason})")
         lines += [f"  - {caveat}" for caveat in self.caveats]
         lines.append(f"  ledger anchor: entry {self.anchor_sequence}, {self.anchor_digest}")
-        return "\n".join(lines)
+        return "\n".join(_wrapped(line) for line in lines)
 
 
 def statement(ledger: Ledger) -> Statement:
@@ -123,16 +122,17 @@ def statement(ledger: Ledger) -> Statement:
     )
 
 
-def round_up(x: float, digits: int = 4) -> float:
-    """The least multiple of 10^-digits that is not below ``x``; infinity stays infinity.
-
-    The nearest double of that decimal is not below ``x`` either.
-    """
-    if math.isnan(x):
-        raise InvalidParameter("round_up(nan): there is no bound to print; find out where the NaN came from.")
-    if abs(x) >= 2**52:  # whole numbers, and infinity
-        return x
-    return float(Decimal(x).quantize(Decimal(1).scaleb(-digits), rounding=ROUND_CEILING))
+def _wrapped(line: str) -> str:
+    """``line`` on lines of at most 80 columns, the later ones indented further; long words stay whole."""
+    indent = line[: len(line) - len(line.lstrip())]
+    return textwrap.fill(
+        line.strip(),
+        width=80,
+        initial_indent=indent,
+        subsequent_indent=indent + "    ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _plan_statement(plan: PlanRecord, charged: int) -> PlanStatement:
@@ -187,8 +187,8 @@ def _caveats(plan: PlanRecord, plans: int) -> list[str]:
     found = []
     if plan.delta * plan.num_examples >= 1:
         found.append(
-            f"WARNING: delta = {plan.delta:g} is not below 1/N = {1 / plan.num_examples:.3g}; publishing one unit at "
-            "random would satisfy such a delta. Choose delta well below 1/N."
+            f"WARNING: delta = {round_up_text(plan.delta)} is not below 1/N = {1 / plan.num_examples:.3g}; "
+            "publishing one unit at random would satisfy such a delta. Choose delta well below 1/N."
         )
     if plans > 1:
         found.append(

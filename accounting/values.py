@@ -10,7 +10,7 @@ import math
 from typing import Annotated, Any, dataclass_transform
 
 import numpy as np
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, PrivateAttr, ValidationError
 
 from .errors import InvalidParameter
 
@@ -29,7 +29,7 @@ PositiveCount = Annotated[int, BeforeValidator(_plain), Field(ge=1, lt=2**53, st
 Name = Annotated[str, Field(min_length=1, max_length=1000, strict=True)]
 
 
-@dataclass_transform(kw_only_default=False, frozen_default=True, field_specifiers=(Field,))
+@dataclass_transform(kw_only_default=False, frozen_default=True, field_specifiers=(Field, PrivateAttr))
 class _PositionalFields(type(BaseModel)):
     """Tells type checkers that fields may be given by position."""
 
@@ -64,9 +64,16 @@ def explain(error: ValidationError) -> str:
     place = "".join(f".{part}" for part in first["loc"])
     if first["type"] == "missing":
         return f"{place}: this field is required."
-    value = repr(first["input"])
-    value = value if len(value) <= 80 else value[:77] + "..."
-    return f"{place} = {value}: {first['msg'].removeprefix('Value error, ')}."
+    return f"{place} = {shown(first['input'])}: {first['msg'].removeprefix('Value error, ')}."
+
+
+def shown(value: Any) -> str:
+    """``repr`` for an error message: short, whatever the value is."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits; nesting without end
+        text = f"<{type(value).__name__}, too large to show>"
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def check_delta(delta: float) -> float:
@@ -81,6 +88,9 @@ def check_epsilon(epsilon: float) -> float:
 
 def _inside(name: str, number: Any, low: float, high: float, rule: str) -> float:
     number = _plain(number)
-    if isinstance(number, bool) or not isinstance(number, int | float) or not low < number < high:
-        raise InvalidParameter(f"{name} = {number!r}: it must be a number {rule}.")
-    return float(number)
+    try:
+        if not isinstance(number, bool) and isinstance(number, int | float) and low < (found := float(number)) < high:
+            return found
+    except OverflowError:  # an integer beyond the range of a double
+        pass
+    raise InvalidParameter(f"{name} = {shown(number)}: it must be a number {rule}.")

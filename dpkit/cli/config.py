@@ -5,12 +5,14 @@ Unknown keys and repeated keys are errors, because a misspelt ``epsilon`` must n
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from accounting.values import shown
 from dpkit.errors import ConfigError
 
 EXAMPLE = """\
@@ -46,9 +48,23 @@ def _no_bool(value: Any) -> Any:
     return value
 
 
-Positive = Annotated[float, BeforeValidator(_no_bool), Field(gt=0, allow_inf_nan=False)]
-Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1)]
+def _a_file_name(path: Path) -> Path:
+    try:
+        possible = b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        possible = False
+    if not possible:
+        raise ValueError("has characters that no file name can have")
+    return path
+
+
+# The products of these numbers stay well inside what accounting and tensors can count.
+Positive = Annotated[float, BeforeValidator(_no_bool), Field(gt=0, le=1e9, allow_inf_nan=False)]
+Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1, le=10**9)]
 Seed = Annotated[int, BeforeValidator(_no_bool), Field(ge=0, lt=2**63)]
+
+
+_DEEPEST = 10
 
 
 class _Section(BaseModel):
@@ -89,7 +105,7 @@ class Config(_Section):
 
     dataset: Literal["digits", "mnist"]
     model: Literal["linear", "mlp", "tanh_cnn"]
-    output: Path
+    output: Annotated[Path, AfterValidator(_a_file_name)]
     training: Training
     privacy: Privacy | None = None
     private: bool = True
@@ -111,7 +127,7 @@ def read(path: Path) -> Config:
     """
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # no text, or a path that no file can have
         raise ConfigError(f"{path} cannot be read ({error}); `dpkit init {path}` writes an example.") from None
     return parse(text, source=str(path))
 
@@ -119,9 +135,10 @@ def read(path: Path) -> Config:
 def parse(text: str, *, source: str) -> Config:
     """The configuration that the YAML ``text`` holds; ``source`` is how errors call it."""
     try:
+        _refuse_fancy_yaml(text, source)
         _refuse_repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader), source)
         content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date of month 13, a number of thousands of digits
         raise ConfigError(f"{source} is not YAML: {error}. `dpkit init` writes an example.") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{source} holds no keys; `dpkit init` writes an example.")
@@ -136,11 +153,39 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False)
 
 
+def _refuse_fancy_yaml(text: str, source: str) -> None:
+    """No aliases, tags or deep nesting: a configuration has two levels, and those could nest it without end."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        refused = None
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        if isinstance(event, yaml.AliasEvent):
+            refused = f"the alias *{event.anchor}"
+        elif tag := getattr(event, "tag", None):
+            refused = f"the tag {tag}"
+        elif depth > _DEEPEST:
+            refused = f"nesting deeper than {_DEEPEST} levels"
+        if refused:
+            line = "" if event.start_mark is None else f", line {event.start_mark.line + 1}"
+            raise ConfigError(
+                f"{source}{line}: {refused} is not used in configurations; write plain keys and values. "
+                "`dpkit init` writes an example."
+            )
+
+
 def _refuse_repeated_keys(node: yaml.Node | None, source: str) -> None:
     """YAML keeps the last of several equal keys in silence; here the second one is an error."""
     if isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
         for key, value in node.value:
+            if key.tag != "tag:yaml.org,2002:str":
+                raise ConfigError(
+                    f"{source}, line {key.start_mark.line + 1}: a key is not a plain word. `dpkit init` writes an "
+                    "example."
+                )
             if key.value in seen:
                 raise ConfigError(
                     f"{source}, line {key.start_mark.line + 1}: the key {key.value!r} is there twice; keep one of them."
@@ -164,5 +209,5 @@ def _explain(error: ValidationError) -> str:
             case "value_error":
                 problems.append(f"{where} {detail['msg'].removeprefix('Value error, ')}".strip())
             case _:
-                problems.append(f"{where} is {detail['input']!r}: {detail['msg'][:1].lower()}{detail['msg'][1:]}")
+                problems.append(f"{where} is {shown(detail['input'])}: {detail['msg'][:1].lower()}{detail['msg'][1:]}")
     return "; ".join(problems)

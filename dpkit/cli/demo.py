@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from accounting import round_up_text
+
 from . import datasets
 from .config import Config, Privacy, Training
 from .progress import training_bar
@@ -126,7 +128,7 @@ def _table(plain: list[Result], private: list[Result]) -> Table:
             title,
             f"{fmean(accuracies):.3f}{spread}",
             "no guarantee" if stated is None else f"{stated.epsilon:.4f}",
-            "" if stated is None else f"{stated.delta:g}",
+            "" if stated is None else round_up_text(stated.delta),
             f"{sum(result.seconds for result in results):.1f}",
         )
     return table

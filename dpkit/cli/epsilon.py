@@ -66,7 +66,13 @@ def epsilon(
     max_examples: Annotated[
         int | None, typer.Option(help="Upper bound of the data set's size; goes with --cap.")
     ] = None,
-    max_epsilon: Annotated[float | None, typer.Option(help="Exit with 2 if epsilon is above this.")] = None,
+    max_epsilon: Annotated[
+        float | None,
+        typer.Option(
+            help="Exit with 2 if the committed epsilon is above this: that of all planned steps, which is the "
+            "guarantee if somebody stopped the run because of what was seen."
+        ),
+    ] = None,
     json_output: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -107,8 +113,12 @@ def epsilon(
         print_json(asdict(answer) | ({} if max_epsilon is None else {"max_epsilon": max_epsilon}))
     else:
         _print(answer)
-    if max_epsilon is not None and not answer.epsilon <= max_epsilon:  # a NaN limit is not kept either
-        print_error(f"epsilon {answer.epsilon:.4f} at delta {answer.delta:g} is above --max-epsilon {max_epsilon:g}.")
+    # Whether a run was stopped because of what was seen is not in its ledger, so the gate asks for all planned steps.
+    if max_epsilon is not None and not answer.committed_epsilon <= max_epsilon:  # a NaN limit is not kept either
+        print_error(
+            f"the committed epsilon {answer.committed_epsilon:.4f} (at all planned steps) at delta "
+            f"{accounting.round_up_text(answer.delta)} is above --max-epsilon {max_epsilon}."
+        )
         raise typer.Exit(BUDGET_EXCEEDED)
 
 
@@ -186,9 +196,15 @@ def from_ledger(run: Path) -> Answer:
 
 
 def _print(answer: Answer) -> None:
-    out.print(f"epsilon <= {answer.epsilon:.4f} at delta = {answer.delta:g}", style="bold", markup=False)
+    delta = accounting.round_up_text(answer.delta)
+    out.print(f"epsilon <= {answer.epsilon:.4f} at delta = {delta}", style="bold", markup=False, soft_wrap=True)
     if answer.committed_epsilon > answer.epsilon:
-        out.print(f"  committed  epsilon <= {answer.committed_epsilon:.4f} at all planned steps", markup=False)
+        out.print(
+            f"  committed  epsilon <= {answer.committed_epsilon:.4f} at all planned steps: the guarantee if somebody\n"
+            "             stopped the run because of what was seen",
+            markup=False,
+            soft_wrap=True,
+        )
     rows = {
         "unit": f"one {answer.unit}",
         "relation": answer.relation,

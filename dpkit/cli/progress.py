@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from accounting import round_up, round_up_text
+
 from .terminal import err
 
 
@@ -27,9 +29,9 @@ def training_bar(
 
         def moved(steps: int, planned: int, epsilon: float | None) -> None:
             spent = ""
-            if epsilon is not None:
-                limit = "" if target_epsilon is None else f" of {target_epsilon:g}"
-                spent = f"epsilon {epsilon:.3f}{limit} (delta {delta:g})"
+            if epsilon is not None and delta is not None:
+                limit = "" if target_epsilon is None else f" of {target_epsilon}"
+                spent = f"epsilon {round_up(epsilon, 3):.3f}{limit} (delta {round_up_text(delta)})"
             progress.update(task, completed=steps, total=planned, spent=spent)
 
         yield moved

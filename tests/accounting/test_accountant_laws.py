@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 
 import pytest
 
@@ -92,6 +93,28 @@ def test_nothing_costs_nothing():
         assert epsilon(event, 1e-5, relation="add_remove", by="rdp").upper == 0.0
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_at_the_extremes_the_answer_is_a_number_without_a_warning(seed):
+    # Warnings are errors in this suite, so an overflow inside NumPy fails here.
+    draw = random.Random(seed)
+    noises = (1.1e-100, 1e-60, 1e-30, 1e-3, 0.3, 1.0, 1e3, 1e30, 1e60, 9.9e99)
+    rates = (0.0, 5e-324, 1e-300, 1e-20, 1e-3, 0.5, 1 - 1e-16, math.nextafter(1, 0), 1.0)
+    for _ in range(60):
+        noise, rate = Gaussian(draw.choice(noises)), draw.choice(rates)
+        cut = TruncatedPoisson(rate, draw.choice([1, 10, 2**52]), draw.choice([0, 5, 10**7, 2**52]), noise)
+        event = Repeated(draw.choice([noise, Poisson(rate, noise), cut]), draw.choice([0, 1, 10**9, 2**53 - 1]))
+        relation = draw.choice(RELATIONS)
+        at_delta = epsilon(event, draw.choice([5e-324, 1e-100, 1e-5, 0.999, 1 - 1e-16]), relation=relation)
+        at_epsilon = delta(event, draw.choice([0, 5e-324, 1.0, 1e5, 1e100, 1e308]), relation=relation)
+        assert 0 <= at_delta.lower <= at_delta.upper < math.inf, event
+        assert 0 <= at_epsilon.lower <= at_epsilon.upper <= 1, event
+
+
+def test_a_delta_too_small_for_a_double_is_not_called_zero():
+    for event in (Gaussian(1e3), Poisson(0.1, Gaussian(1e3))):
+        assert 0 < delta(event, 1e308, relation="add_remove").upper < 1e-300
+
+
 def test_asking_does_not_change_the_answer():
     event = MAKERS["truncated"](0.9, 0.05, 300)
     assert epsilon(event, 1e-5, relation="zero_out") == epsilon(event, 1e-5, relation="zero_out")
@@ -116,10 +139,21 @@ def test_epsilon_outside_its_domain_is_refused(e):
         delta(Gaussian(1.0), e, relation="add_remove")
 
 
+def test_integers_beyond_all_doubles_are_refused_and_not_printed():
+    for huge in (10**400, 10**5000):
+        with pytest.raises(InvalidParameter, match="delta"):
+            epsilon(Gaussian(1.0), huge, relation="add_remove")
+        with pytest.raises(InvalidParameter, match="epsilon"):
+            delta(Gaussian(1.0), huge, relation="add_remove")
+
+
 def test_unknown_relations_and_accountants_are_refused():
     with pytest.raises(InvalidParameter, match="replace_one"):
         epsilon(Gaussian(1.0), 1e-5, relation="neighbours")
-    with pytest.raises(InvalidParameter, match="rdp"):
-        epsilon(Gaussian(1.0), 1e-5, relation="add_remove", by="gdp")
+    for unknown in ("gdp", [1], 10**5000):
+        with pytest.raises(InvalidParameter, match="rdp"):
+            epsilon(Gaussian(1.0), 1e-5, relation="add_remove", by=unknown)
+        with pytest.raises(InvalidParameter, match="zero_out"):
+            epsilon(Gaussian(1.0), 1e-5, relation=unknown)
     with pytest.raises(Unsupported, match="rdp"):
         epsilon(Poisson(0.1, Gaussian(1.0)), 1e-5, relation="add_remove", by="gaussian")

@@ -37,6 +37,43 @@ EVENTS = [
 ]
 
 
+def nested(depth):
+    event = Gaussian(1.0)
+    for _ in range(depth):
+        event = Composed((event,))
+    return event
+
+
+def test_the_deepest_event_still_goes_through_everything(tmp_path):
+    event = nested(50)
+    assert event_from_json(event_to_json(event)) == event and len({event, nested(50)}) == 1
+    assert normal_form(event) == [(Gaussian(1.0), 1)]
+    event = nested(49)  # a plan repeats it
+    plan = PlanRecord(event, 1, 1e-5, Relation.ADD_REMOVE, "example", 10)
+    with accounting.Ledger.create(tmp_path / "l", dataset_name="d", budget=Budget(100.0, 1e-5)) as ledger:
+        ledger.charge(plan, event)
+    with accounting.Ledger.open(tmp_path / "l") as ledger:
+        assert ledger.plans() == [(plan, 1)]
+
+
+def test_json_that_nests_too_deep_is_refused():
+    for depth in (51, 3000):
+        text = '{"kind":"composed","events":[' * depth + "]}" * depth
+        with pytest.raises(LedgerError):
+            event_from_json('{"version":1,"event":' + text + "}")
+
+
+def test_more_releases_than_can_be_counted_are_refused():
+    event = Gaussian(1.0)
+    for _ in range(40):
+        event = Repeated(event, 2**52)
+    for many in (event, Repeated(Repeated(Gaussian(1.0), 2**27), 2**26)):
+        with pytest.raises(InvalidParameter, match="counts"):
+            normal_form(many)
+        with pytest.raises(InvalidParameter, match="counts"):
+            accounting.epsilon(many, 1e-5, relation="add_remove")
+
+
 @pytest.mark.parametrize("event", EVENTS, ids=str)
 def test_an_event_is_the_same_after_json(event):
     assert event_from_json(event_to_json(event)) == event
@@ -74,6 +111,11 @@ def test_an_event_is_the_same_after_json(event):
         lambda: PlanRecord(Gaussian(1.0), 1, 1e-5, "sideways", "example", 10),
         lambda: PlanRecord(Gaussian(1.0), 1, 1e-5, Relation.ADD_REMOVE, "", 10),
         lambda: PlanRecord(Gaussian(1.0), 1, 1e-5, Relation.ADD_REMOVE, "example", 0),
+        lambda: PlanRecord(Gaussian(1.0), 1, 1e-5, Relation.ADD_REMOVE, "example", 10, {"a": 10**5000}),
+        lambda: Repeated(Gaussian(1.0), 10**5000),
+        lambda: Gaussian(10**5000),
+        lambda: nested(51),
+        lambda: nested(2000),
     ],
 )
 def test_a_wrong_number_raises_one_typed_error_that_names_the_class(make):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 import stat
 import threading
@@ -186,9 +187,10 @@ def test_an_anchor_is_found_again_and_a_foreign_one_is_not(ledger, path):
             ledger.check_anchor(sequence, digest)
 
 
-def test_an_interrupt_between_two_lines_heals_itself(ledger, monkeypatch):
-    p = plan()
-    ledger.charge(p, EVENT)
+def interrupt_the_next_look(ledger, path, p, monkeypatch):
+    """Another writer charges ``p`` once, and the look at it is interrupted between its two entries."""
+    with Ledger.open(path) as other:
+        other.charge(p, EVENT)
     taken = 0
 
     def interrupted(self, body, original=Ledger._take):
@@ -202,8 +204,46 @@ def test_an_interrupt_between_two_lines_heals_itself(ledger, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         ledger.plans()
     monkeypatch.undo()
+
+
+def test_an_interrupt_between_two_lines_heals_itself(ledger, path, monkeypatch):
+    p = plan()
+    interrupt_the_next_look(ledger, path, p, monkeypatch)
     assert ledger.plans() == [(p, 1)]
     assert ledger.charge(p, EVENT).step == 2
+
+
+@pytest.mark.parametrize("again", [0, 1, 2])
+def test_what_was_seen_before_an_interrupt_must_be_there_after_it(ledger, path, monkeypatch, again):
+    p, before = plan(), path.read_bytes()
+    interrupt_the_next_look(ledger, path, p, monkeypatch)
+    path.write_bytes(before)
+    if again:  # as long as it was, or longer, but not the same
+        with Ledger.open(path) as other:
+            for _ in range(again):
+                other.charge(q := plan(plan_id="q"), q.event)
+    with pytest.raises(LedgerError, match="damaged"):
+        ledger.charge(p, EVENT)
+
+
+def test_deltas_add_up_as_the_decimals_that_were_typed(path):
+    # In doubles, 3 * 1e-5 is 3.0000000000000004e-05.
+    with Ledger.create(path, dataset_name="d", budget=Budget(100.0, 3e-5)) as ledger:
+        for _ in range(3):
+            ledger.charge(p := plan(delta=1e-5), p.event)
+        assert ledger.spent().delta == 3e-5
+        with pytest.raises(BudgetExceeded, match="delta 1e-25 and the 3e-05 of"):
+            ledger.check(plan(delta=1e-25))
+
+
+def test_ten_equal_plans_fit_a_budget_of_ten_times_their_cost(path):
+    each = cost(plan())
+    with Ledger.create(path, dataset_name="d", budget=Budget(math.nextafter(10 * each, math.inf), 1e-4)) as ledger:
+        for _ in range(10):
+            ledger.charge(p := plan(), p.event)
+        assert ledger.spent().committed_epsilon <= ledger.budget.epsilon
+        with pytest.raises(BudgetExceeded, match="over the budget"):
+            ledger.check(plan(steps=1))
 
 
 def test_ledgers_are_made_with_names_and_budgets_only(path):

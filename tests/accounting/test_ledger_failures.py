@@ -215,6 +215,40 @@ def test_a_ledger_edited_while_open_is_refused(path):
             ledger.spent()
 
 
+@pytest.mark.parametrize("steps", [1, 2, 25])
+def test_an_older_copy_written_over_an_open_ledger_is_refused(path, steps):
+    with Ledger.open(path) as ledger:
+        older = path.read_bytes()
+        for _ in range(steps):
+            ledger.charge(PLAN, EVENT)
+        inode = path.stat().st_ino
+        path.write_bytes(older)
+        assert path.stat().st_ino == inode
+        for _ in range(2):
+            with pytest.raises(LedgerError, match="damaged"):
+                ledger.charge(PLAN, EVENT)
+        with pytest.raises(LedgerError, match="damaged"):
+            ledger.spent()
+
+
+def test_the_first_charge_of_a_plan_is_not_forgotten_either(tmp_path):
+    path = tmp_path / "ledger.sqlite"
+    with Ledger.create(path, dataset_name="digits", budget=BUDGET) as ledger:
+        older = path.read_bytes()
+        ledger.charge(PLAN, EVENT)
+        path.write_bytes(older)
+        with pytest.raises(LedgerError, match="damaged"):
+            ledger.charge(PLAN, EVENT)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\ud800", None, b"bytes", 3])
+def test_what_no_file_is_called_is_refused(name):
+    with pytest.raises(LedgerError, match="not the name of a file"):
+        Ledger.open(name)
+    with pytest.raises(LedgerError, match="not the name of a file"):
+        Ledger.create(name, dataset_name="d", budget=BUDGET)
+
+
 def test_a_ledger_deleted_or_replaced_while_open_is_refused(path):
     copy = path.with_suffix(".copy")
     shutil.copy(path, copy)

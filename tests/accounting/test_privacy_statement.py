@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 
 import pytest
 
@@ -17,6 +18,7 @@ from accounting import (
     Relation,
     TruncatedPoisson,
     round_up,
+    round_up_text,
     statement,
 )
 
@@ -62,12 +64,52 @@ def test_rounding_keeps_infinity_and_refuses_nan():
         round_up(math.nan)
 
 
+@pytest.mark.parametrize("x", ["1", None, 1j, [1], 10**400], ids=["str", "None", "complex", "list", "huge"])
+def test_only_numbers_are_rounded(x):
+    for rounded in (round_up, round_up_text):
+        with pytest.raises(InvalidParameter, match="cannot be rounded up"):
+            rounded(x)
+
+
+@pytest.mark.parametrize(
+    ("x", "text"),
+    [(1e-5, "1e-05"), (1.00000049e-5, "1.00001e-05"), (0.5000004, "0.500001"), (0.1, "0.1"), (0.9999999, "1")],
+)
+def test_a_shortened_number_is_not_below_the_one_that_was_typed(x, text):
+    assert round_up_text(x) == text
+
+
+def test_a_shortened_number_read_again_is_never_below(ledger):
+    draw = random.Random(0)
+    for x in [math.ulp(0.0), 1e-310, *(draw.random() * 10.0 ** draw.randint(-320, 3) for _ in range(2000))]:
+        again = float(round_up_text(x))
+        assert x <= again <= x * (1 + 1e-5) + 1e-323, x
+    assert round_up_text(math.inf) == "inf"
+
+
+def test_the_printed_delta_is_not_below_the_true_one(ledger):
+    p = plan(delta=1.00000049e-5)
+    ledger.charge(p, p.event)
+    assert "at delta = 1.00001e-05" in str(statement(ledger))
+    assert statement(ledger).delta == p.delta
+
+
+def test_the_text_fits_80_columns(ledger):
+    p = plan(facts=FACTS | {"caveats": ["a caveat of many words " * 20, "word" * 30]})
+    ledger.charge(p, p.event)
+    lines = str(statement(ledger)).splitlines()
+    assert [line for line in lines if len(line) > 80] == ["      " + "word" * 30]
+    assert all(line.startswith("  ") for line in lines[1:])
+    assert " ".join("a caveat of many words " * 20) not in lines
+    assert " ".join(" ".join(lines).split()).count("a caveat of many words") == 20
+
+
 def test_epsilon_never_stands_without_its_meaning(ledger):
     p = plan()
     for _ in range(4):
         ledger.charge(p, p.event)
     said = statement(ledger)
-    text = str(said)
+    text = " ".join(str(said).split())
     for part in ("digits", "1e-06", "example", "add or remove one", "Poisson, rate 0.01", "Renyi", "1.1", "4 of 10"):
         assert part in text
     for part in ("drawn by the engine", "philox", "1.5", "60000", "CERTIFIED: YES", "committed", "hyperparameter"):

@@ -66,6 +66,30 @@ def test_more_than_max_epsilon_exits_with_2_and_still_answers(dpkit: Run, limit:
     assert ("--max-epsilon" in done.err) == (code == 2)
 
 
+def test_the_gate_asks_for_the_committed_epsilon_of_a_run_that_was_stopped(dpkit: Run, tmp_path: Path):
+    event = accounting.Poisson(sample_rate=0.1, event=accounting.Gaussian(noise_multiplier=1.0))
+    plan = accounting.PlanRecord(event, 50, 1.00000049e-5, accounting.Relation.ADD_REMOVE, "example", 1000)
+    budget = accounting.Budget(epsilon=100.0, delta=1e-4)
+    with accounting.Ledger.create(tmp_path / "ledger.sqlite", dataset_name="d", budget=budget) as ledger:
+        ledger.charge(plan, event)
+        spent = ledger.spent()
+    limit = (spent.epsilon + spent.committed_epsilon) / 2
+    done = dpkit("epsilon", tmp_path, "--max-epsilon", limit, "--json")
+    assert done.code == 2
+    assert "committed epsilon" in done.err
+    assert done.json["epsilon"] < limit < done.json["committed_epsilon"]
+    assert dpkit("epsilon", tmp_path, "--max-epsilon", done.json["committed_epsilon"]).code == 0
+    assert "committed" in " ".join(dpkit("epsilon", "--help").out.split())
+    assert "delta = 1.00001e-05" in dpkit("epsilon", tmp_path).out
+    assert done.json["delta"] == 1.00000049e-5
+
+
+def test_a_delta_is_printed_rounded_up(dpkit: Run):
+    numbers = ("--noise-multiplier", "0.02", "--sample-rate", "1", "--steps", "1", "--delta", "0.5000004")
+    assert "delta = 0.500001" in dpkit("epsilon", *numbers).out
+    assert "delta 0.500001" in dpkit("epsilon", *numbers, "--max-epsilon", "1").err
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

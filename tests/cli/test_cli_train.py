@@ -76,7 +76,26 @@ def test_a_configuration_survives_being_written_and_read():
         (("epochs: 1\n", "\n"), "training.epochs is missing"),
         (("model: linear", "model: tanh_cnn"), "28x28"),
         (("model: linear", "model: [linear"), "is not YAML"),
-        (("dataset: digits", "dataset: !!python/object/apply:os.system ['true']"), "is not YAML"),
+        (("dataset: digits", "dataset: !!python/object/apply:os.system ['true']"), "the tag tag:yaml.org"),
+        (("dataset: digits", "dataset: !!timestamp digits"), "the tag tag:yaml.org"),
+        (("dataset: digits", "dataset: 2001-99-99"), "is not YAML"),
+        (("dataset: digits", "dataset: digits\n? [a, b]\n: 1"), "line 2: a key is not a plain word"),
+        (("dataset: digits", "dataset: digits\n<<: {model: mlp}"), "line 2: a key is not a plain word"),
+        (("dataset: digits", "dataset: digits\n7: mlp"), "line 2: a key is not a plain word"),
+        (("dataset: digits", "dataset: &a [*a]"), "line 1: the alias *a"),
+        (("model: linear", "model: &a\n  y: *a"), "line 3: the alias *a"),
+        (("model: linear", "model: " + "[" * 3000 + "]" * 3000), "nesting deeper than 10"),
+        (("model: linear", "model: " + "[" * 5000), "nesting deeper than 10"),
+        (("output: ", 'output: "a\\0b" # '), "output has characters"),
+        (("output: ", 'output: "\\ud800" # '), "output has characters"),
+        (("batch_size: 256", f"batch_size: 1{'0' * 400}"), "training.batch_size is 1000"),
+        (("batch_size: 256", f"batch_size: 1{'0' * 5000}"), "is not YAML"),
+        (("batch_size: 256", f"batch_size: 0x1{'0' * 5000}"), "too large to show"),
+        (("epochs: 1", "epochs: 1000000001"), "training.epochs is 1000000001"),
+        (("learning_rate: 2.0", f"learning_rate: 1{'0' * 400}"), "training.learning_rate"),
+        (("epsilon: 3.0", f"epsilon: 0x1{'0' * 5000}"), "privacy.epsilon"),
+        (("max_grad_norm: 1.0", "max_grad_norm: 1.0e+300"), "privacy.max_grad_norm is 1e+300"),
+        (("max_grad_norm: 1.0", f"max_grad_norm: 1.0\n  noise_seed: 0x1{'0' * 5000}"), "privacy.noise_seed"),
     ],
 )
 def test_a_wrong_configuration_is_named_and_nothing_is_trained(
@@ -133,13 +152,23 @@ def test_a_private_run_leaves_a_folder_that_can_be_shared(trained: Path):
     assert configs.read(trained / "config.yaml").output == trained
 
 
+def test_the_progress_bar_never_shows_less_than_was_spent(capsys: pytest.CaptureFixture[str]):
+    from dpkit.cli.progress import training_bar
+
+    with training_bar("run", 3.0, 1.00000049e-5) as moved:
+        moved(1, 2, 1.2301)
+    shown = capsys.readouterr().err
+    assert "1.231 of 3.0" in shown
+    assert "1.00001e-05" in shown
+
+
 def test_losses_and_batch_sizes_are_kept_under_nonprivate_only(trained: Path):
     steps = [json.loads(line) for line in (trained / "nonprivate" / "steps.jsonl").read_text().splitlines()]
     assert len(steps) == 6
     assert {"mean_loss", "units", "clipped", "dropped"} <= steps[0].keys()
     for path in trained.glob("*.[jmy]*"):
         if path.suffix != ".safetensors":
-            assert "loss" not in path.read_text(encoding="utf-8")
+            assert "mean_loss" not in path.read_text(encoding="utf-8")
 
 
 def test_a_run_without_privacy_puts_its_model_and_result_under_nonprivate(dpkit: Run, config: Write, tmp_path: Path):
