@@ -29,7 +29,7 @@ test: $(VENV)/.dev
 
 # pytest exits with 5 when it finds no test: say so instead of reporting a success that never ran.
 test-slow: $(VENV)/.dev
-	@$(PYTEST) -m slow; code=$$?; \
+	@$(PYTEST) -m slow -n 2; code=$$?; \
 	if [ $$code -eq 5 ]; then echo "make test-slow: no test is marked slow, nothing was run"; exit 0; fi; \
 	exit $$code
 
