@@ -119,7 +119,9 @@ class Attachment:
                 "a new pass over the loader began in the middle of a logical batch, whose microbatches would be lost "
                 "or counted twice. Finish the pass, or break out of it only after a logical batch."
             )
-        self._forget()  # a batch that was only looked at: nothing of it was used
+        if self.capture is not None and self.capture.pending:
+            self._failed = True  # a backward pass had begun and died: this is no batch that was only looked at
+        self._forget()
         return min(steps_per_pass, self.plan.steps - self.steps_taken)
 
     def receive(self, draw: Draw) -> None:

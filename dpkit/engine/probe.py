@@ -10,7 +10,7 @@ synthetic (or public) batch and requires that
   3. a batch has the gradients that it had before another batch went through the model,
   4. the recorded gradients add up to autograd's gradient of the summed loss,
   5. book-keeping and functorch (vmap) agree, where functorch can run the model,
-  6. no parameter is written to, and no buffer ends up elsewhere for another batch.
+  6. no parameter is written to, and no buffer or tensor attribute ends up elsewhere for another batch.
 
 It answers with nothing or with a refusal, never with a number, and private data decides nothing: only shapes and types
 of a batch are used. It is a test and not a proof: a dependence at a rarely taken branch, or (in the form with the
@@ -126,6 +126,7 @@ def _compare(
     parameters = trainable(model)
     tolerance = _tolerance(parameters)
     versions = {name: p._version for name, p in model.named_parameters()}
+    state = {name: tensor.shape for name, tensor in _state(model).items()}  # what is there before the forward pass
 
     def gradients(of: Batch, by: Backend = backend) -> list[Named]:
         torch.manual_seed(0)  # undone by fork_rng: the same draws in every run of the probe
@@ -133,10 +134,14 @@ def _compare(
 
     try:
         recorded = gradients(batch)
-        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        kept = {name: tensor.clone() for name, tensor in _state(model).items()}
         restore()
         neighbour = gradients(map_tensors(_replace_first, batch))
-        moved = [name for name, buffer in model.named_buffers() if not torch.equal(buffer, buffers[name])]
+        moved = [
+            name
+            for name, tensor in _state(model).items()
+            if tensor.shape == state.get(name) and _differ(tensor, kept.get(name))
+        ]
         again = gradients(batch)
         restore()
         alone = [gradients(take(batch, slice(row, row + 1)))[0] for row in (0, _ROWS - 1)]
@@ -179,6 +184,21 @@ def _compare(
         except (DpkitError, RuntimeError, ValueError, TypeError, NotImplementedError):
             return  # functorch cannot run this model: the checks above stand alone
         _require(_worst(recorded, independent, tolerance), "differs between book-keeping and functorch")
+
+
+def _state(model: nn.Module) -> Named:
+    """Buffers, and tensors that a module keeps as plain attributes."""
+    found = dict(model.named_buffers())
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor):
+                found[f"{path}.{name}" if path else name] = value
+    return found
+
+
+def _differ(left: Tensor, right: Tensor | None) -> bool:
+    """Whether state of one shape has two values; of another shape it is a note of the last batch, not state."""
+    return right is not None and left.shape == right.shape and not torch.equal(left, right)
 
 
 def _rows_of(gradients: PerSample, parameters: dict[str, nn.Parameter]) -> list[Named]:
@@ -235,7 +255,7 @@ def _undisturbed(model: nn.Module) -> Iterator[Callable[[], None]]:
     """Dropout off; gives a function that puts buffers and attributes back. At the end, random state is put back, "
     "too."""
     dropouts = [module for module in model.modules() if isinstance(module, _DropoutNd) and module.training]
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    state = {name: tensor.detach().clone() for name, tensor in _state(model).items()}
     attributes: list[tuple[dict[str, Any], dict[str, Any]]] = []
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
 
@@ -245,8 +265,9 @@ def _undisturbed(model: nn.Module) -> Iterator[Callable[[], None]]:
                 del now[name]
             now.update(before)
         with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                buffer.copy_(buffers[name])
+            for name, tensor in _state(model).items():
+                if name in state and tensor.shape == state[name].shape:
+                    tensor.copy_(state[name])
 
     with torch.random.fork_rng(devices=devices), torch.enable_grad():
         try:
