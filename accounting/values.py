@@ -60,8 +60,12 @@ class Value(BaseModel, metaclass=_PositionalFields, frozen=True, extra="forbid",
 
 def explain(error: ValidationError) -> str:
     """The first thing that is wrong, as ``.field = value: rule``."""
-    first = error.errors(include_url=False, include_context=False)[0]
+    first = error.errors(include_url=False)[0]
     place = "".join(f".{part}" for part in first["loc"])
+    limits = first.get("ctx", {})
+    if first["type"] in ("greater_than", "less_than"):  # pydantic would write 1e-100 with all its zeros
+        word, limit = ("above", limits["gt"]) if first["type"] == "greater_than" else ("below", limits["lt"])
+        return f"{place} = {shown(first['input'])}: must be {word} {limit:g}."
     if first["type"] == "missing":
         return f"{place}: this field is required."
     return f"{place} = {shown(first['input'])}: {first['msg'].removeprefix('Value error, ')}."

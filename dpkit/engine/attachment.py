@@ -14,7 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from accounting import Ledger, PlanRecord
-from dpkit.errors import InvalidArgument, OutOfOrder, RawGradient, UncoveredParameter, UnsupportedOptimizer
+from dpkit.errors import (
+    CrossExample,
+    InvalidArgument,
+    OutOfOrder,
+    RawGradient,
+    UncoveredParameter,
+    UnsupportedOptimizer,
+)
 from dpkit.gradients import Capture, PerSample, trainable
 from dpkit.mechanisms import RunKey
 
@@ -28,7 +35,7 @@ from .guards import (
 )
 from .loader import Draw, PrivateLoader
 from .plan import Plan
-from .probe import probe_forward, training_mode
+from .probe import probe_forward, rows_of_examples, training_mode
 from .step import BatchDiagnostics, ClippedAccumulator, StepState, release
 
 REDUCTIONS = ("none", "mean", "sum")
@@ -92,6 +99,7 @@ class Attachment:
         self._reduction = "none"
         self._differentiating = False
         self._probed: set[Hashable] = set()
+        self._went_through = False  # the batch in hand, through the model in a way that was probed
         self._versions: dict[int, int] | None = None
         self._handles: list[Any] = []
         if (earlier := _ATTACHMENTS.get(model)) is not None:
@@ -144,6 +152,7 @@ class Attachment:
     def _forget(self) -> None:
         """Nothing of a batch before the next one may still arrive."""
         self._draw = None
+        self._went_through = False
         if self.capture is not None:
             self.capture.reset()
 
@@ -211,6 +220,7 @@ class Attachment:
         if self.capture is None:
             raise OutOfOrder("engine.backward belongs to make_private; in the functional form call step(batch).")
         refuse_loss_shape(losses, self._in_hand().rows, self._reduction)
+        self._refuse_unprobed()
         self._refuse_unused_release()
         refuse_foreign_leaves(losses, self._covered())
         draw = self.take_draw()
@@ -236,6 +246,8 @@ class Attachment:
                     'loss_reduction="mean" or "sum" in make_private. For other gradients, copy.deepcopy(model) is a '
                     "plain model."
                 )
+            self._in_hand()
+            self._refuse_unprobed()
             self._refuse_unused_release()
             refuse_foreign_roots(self._covered())
             draw = self.take_draw()
@@ -243,6 +255,15 @@ class Attachment:
             self.capture.reset()
             raise
         self._finish(draw)
+
+    def _refuse_unprobed(self) -> None:
+        if not self._went_through:
+            raise CrossExample(
+                "the batch in hand did not go through the attached model as a tensor with one row per example "
+                f"({self._in_hand().rows} rows), so the neighbour probe could not tell whether examples influence each "
+                "other. Pass the batch to the model as it came, or use the functional form: engine.attach(model, "
+                "loss_fn, ...)."
+            )
 
     def _covered(self) -> set[int]:
         """Ids of the leaves that a backward pass may reach."""
@@ -348,14 +369,15 @@ class Attachment:
 
     def _probe_new_call(self, args: Any, kwargs: Any) -> None:
         """The neighbour probe, whenever a private batch is about to go through the model in a new way."""
-        if self._draw is None or self.capture is None:
-            return  # a forward of the user's own, outside the loop
+        if self._draw is None or self.capture is None or not rows_of_examples((args, kwargs), self._draw.rows):
+            return  # a forward of the user's own, on other data
         model = self._require_model()
         way = (training_mode(model), structure((args, kwargs)))
         if way not in self._probed:
             with self.capture.suspended():
                 probe_forward(model, (args, kwargs), self._draw.rows)
             self._probed.add(way)
+        self._went_through = True
 
     def _require_model(self) -> nn.Module:
         model = self._model()

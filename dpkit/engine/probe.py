@@ -67,21 +67,22 @@ def probe_loss(model: nn.Module, loss_fn: LossFunction, batch: Batch, backend: B
         _compare(model, loss_fn, original, backend, restore)
 
 
+def rows_of_examples(call: tuple[Any, Any], rows: int) -> list[Tensor]:
+    """The tensors of a forward call that have one row per example."""
+    return [leaf for leaf in tensors(call) if leaf.dim() and len(leaf) == rows]
+
+
 def probe_forward(model: nn.Module, call: tuple[Any, Any], rows: int) -> None:
     """Probe a model whose loss is in the user's loop: per example, a fixed combination of the model's outputs.
 
     Args:
-      call: (args, kwargs) of a forward call; tensors with ``rows`` rows give shapes and types and are not read.
+      call: (args, kwargs) of a forward call; tensors with ``rows`` rows, of which there must be one, give shapes and
+        types and are not read.
       rows: size of the batch in that call.
     Raises:
       CrossExample, UnsupportedModule: naming what failed and the way out.
     """
-    examples = [leaf for leaf in tensors(call) if leaf.dim() and len(leaf) == rows]
-    if not examples:
-        raise CrossExample(
-            "the neighbour probe found no input of the model with one row per example, so it cannot tell whether "
-            "examples influence each other. Use the functional form: engine.attach(model, loss_fn, ...)."
-        )
+    examples = rows_of_examples(call, rows)
     with _undisturbed(model) as restore:
         _compare(model, _OutputLoss(call, rows), [_synthetic(leaf) for leaf in examples], ghost, restore)
 

@@ -178,16 +178,28 @@ def test_a_backward_of_other_records_leaves_nothing_behind(tmp_path: Path) -> No
     engine, model, _, loader = make(
         tmp_path, mlp(), loss_reduction="mean", **{"target_epsilon": None, "noise_multiplier": 1e-6}
     )
-    foreign = 100 * torch.randn(16, 5)
+    foreign = 100 * torch.randn(17, 5)
     with pytest.raises(OutOfOrder):
-        F.cross_entropy(model(foreign), torch.zeros(16, dtype=torch.long)).backward()
+        F.cross_entropy(model(foreign), torch.zeros(17, dtype=torch.long)).backward()
     x, y = next(iter(loader))
-    stale = F.cross_entropy(model(foreign), torch.zeros(16, dtype=torch.long))
+    stale = F.cross_entropy(model(foreign), torch.zeros(17, dtype=torch.long))
     engine.backward(F.cross_entropy(model(x), y))
     norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm() * 10
     assert float(norm) <= engine.nonprivate.units * 1.001 + 1e-3
     with pytest.raises(OutOfOrder):
         stale.backward()
+
+
+def test_a_batch_that_did_not_go_through_the_model_row_by_row_is_refused(tmp_path: Path) -> None:
+    engine, model, _, loader = make(tmp_path, mlp())
+    x, y = next(iter(loader))
+    model(torch.randn(len(x) + 1, 5))  # other data of the user's own: no business of the engine
+    losses = F.cross_entropy(model(torch.cat([x, x]))[: len(x)], y, reduction="none")
+    with pytest.raises(CrossExample, match="one row per example"):
+        engine.backward(losses)
+    assert charges(engine) == 0
+    engine.backward(F.cross_entropy(model(x), y, reduction="none"))
+    assert charges(engine) == 1
 
 
 class Dies(nn.Module):
