@@ -129,6 +129,22 @@ class Chain:
         with self._translated(), self._transaction("DEFERRED"):
             return self._catch_up()
 
+    def entries(self) -> list[tuple[int, bytes, bytes]]:
+        """(sequence, body, digest) of each entry up to :attr:`position`, read again in one transaction and verified."""
+        with self._translated(), self._transaction("DEFERRED"):
+            rows = self._connection.execute(
+                "SELECT sequence, body, digest FROM entries WHERE sequence <= ? ORDER BY sequence",
+                (self.position.sequence,),
+            ).fetchall()
+        sequence, tip = _START
+        for number, body, digest in rows:
+            sequence += 1
+            if not isinstance(body, bytes) or number != sequence or digest != (tip := _link(tip, body)):
+                raise _damaged(self.path, f"the chain breaks at entry {sequence}")
+        if (sequence, tip) != self.position:
+            raise _damaged(self.path, f"it ends at entry {sequence}, which is not the one that was verified before")
+        return rows
+
     def append(self, decide: Callable[[list[bytes]], list[bytes]]) -> Position:
         """Appends what ``decide(bodies appended since the last look)`` returns, under the write lock.
 

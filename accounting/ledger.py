@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -166,6 +166,13 @@ class Ledger:
             self._catch_up()
             return [(plan, self._charged[plan.plan_id]) for plan in self._plans.values()]
 
+    def find_plan(self, plan_id: str) -> tuple[PlanRecord, int] | None:
+        """The plan with this id and the number of its charges, for resuming it; None if it never made a charge."""
+        with self._lock:
+            self._catch_up()
+            plan = self._plans.get(plan_id)
+            return None if plan is None else (plan, self._charged[plan_id])
+
     def spent(self) -> Spent:
         """What the charges cost so far; see :class:`Spent` for what one plan and several plans mean."""
         plans = self.plans()
@@ -180,6 +187,20 @@ class Ledger:
             steps_charged=sum(charged for _, charged in plans),
             steps_planned=sum(plan.steps for plan, _ in plans),
         )
+
+    def entries(self) -> Iterator[tuple[int, bytes, str]]:
+        """(sequence, body, digest in hex) of every entry, all verified before the first is given.
+
+        Bodies are the exact bytes that were hashed: ``digest = SHA-256(digest of the entry before || body)``, and 32
+        zero bytes stand before the first.
+
+        Raises:
+          LedgerError: the ledger cannot be trusted.
+        """
+        with self._lock:
+            self._catch_up()
+            found = self._chain.entries()
+        return ((sequence, body, digest.hex()) for sequence, body, digest in found)
 
     def anchor(self) -> tuple[int, str]:
         """(sequence, digest) of the last entry. Kept elsewhere, it shows later that no entry was taken away."""

@@ -26,6 +26,7 @@ _NEVER_COVERED = (
     "Not covered: choices made by looking at this data outside the ledger, such as a hyperparameter search or the "
     "choice of the architecture.",
     "Not covered: noise is drawn in floating point; attacks on its low-order bits and on timing.",
+    "Not covered: what can be learnt from when a process stopped or failed (memory, crashes, timing).",
 )
 
 
@@ -42,6 +43,7 @@ class PlanStatement(Value):
     noise_generator: str
     steps_charged: int
     steps_planned: int
+    steps_left: int
     num_examples: int
     certified: bool
     certified_reason: str
@@ -81,7 +83,7 @@ class Statement(Value):
         ]
         for plan in self.plans:
             lines += [
-                f"  run {plan.plan_id[:12]}: {plan.steps_charged} of {plan.steps_planned} planned steps",
+                f"  run {plan.plan_id[:12]}: {_progress(plan)}",
                 f"    sampling: {plan.sampling}; public N = {plan.num_examples}",
                 f"    noise multiplier {plan.noise_multiplier}, max_grad_norm {plan.max_grad_norm}, "
                 f"noise generator: {plan.noise_generator}",
@@ -122,6 +124,11 @@ def statement(ledger: Ledger) -> Statement:
     )
 
 
+def _progress(plan: PlanStatement) -> str:
+    more = f"{plan.steps_left} more may be taken" if plan.steps_left else "none is left"
+    return f"{plan.steps_charged} of {plan.steps_planned} planned steps charged; {more}"
+
+
 def _wrapped(line: str) -> str:
     """``line`` on lines of at most 80 columns, the later ones indented further; long words stay whole."""
     indent = line[: len(line) - len(line.lstrip())]
@@ -148,6 +155,7 @@ def _plan_statement(plan: PlanRecord, charged: int) -> PlanStatement:
         noise_generator=str(facts.get("noise_generator", "not stated")),
         steps_charged=charged,
         steps_planned=plan.steps,
+        steps_left=plan.steps - charged,
         num_examples=plan.num_examples,
         certified=facts.get("certified") is True,
         certified_reason=str(facts.get("certified_reason") or _default_reason(facts.get("certified"))),

@@ -13,9 +13,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from .version import __version__ as __version__
+
 if TYPE_CHECKING:
     from accounting import Budget as Budget
     from accounting import Relation as Relation
+    from dpkit import callbacks as callbacks
     from dpkit import clipping as clipping
     from dpkit import errors as errors
     from dpkit import filters as filters
@@ -27,7 +30,6 @@ if TYPE_CHECKING:
     from dpkit.sampling import Poisson as Poisson
     from dpkit.sampling import TruncatedPoisson as TruncatedPoisson
 
-__version__ = "0.1.0"
 
 _HOMES = {
     "Budget": "accounting",
@@ -40,7 +42,7 @@ _HOMES = {
     "ghost": "dpkit.gradients",
     "vmap": "dpkit.gradients",
 }
-_MODULES = ("clipping", "errors", "filters")
+_MODULES = ("callbacks", "clipping", "errors", "filters")
 
 __all__ = [
     "Budget",
@@ -50,6 +52,7 @@ __all__ = [
     "PrivacyEngine",
     "Relation",
     "TruncatedPoisson",
+    "callbacks",
     "clipping",
     "errors",
     "filters",

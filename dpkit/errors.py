@@ -4,6 +4,8 @@ DpkitError
 ├── InvalidArgument          a value outside its domain (also a ValueError)
 ├── DataError                a data folder or file that is missing or is not what it should be
 ├── ConfigError              a configuration file with unknown keys or wrong values
+├── RunFolderError           a run folder that cannot be used, or a path that leaves it
+├── CheckpointError          a checkpoint that is damaged, or of another model, plan or run
 └── Refused                  what dpkit will not do, named, with the way out
     ├── UnsupportedOperation     an operation on a trainable parameter without a per-sample rule
     ├── UnsupportedModule        a module that mixes examples or moves buffers (BatchNorm in training mode, ...)
@@ -50,6 +52,14 @@ class DataError(DpkitError):
 
 class ConfigError(DpkitError):
     """A configuration file has unknown keys or wrong values."""
+
+
+class RunFolderError(DpkitError):
+    """A run folder cannot be read, written or locked, or a path would leave it."""
+
+
+class CheckpointError(DpkitError):
+    """A checkpoint cannot be written, or is damaged, or is of another model, plan or run."""
 
 
 class Refused(DpkitError):

@@ -19,7 +19,9 @@ ROOT = Path(__file__).resolve().parents[1]
 # Lowest first. Units on one line do not import each other; a unit is a file or a package with all that is in it.
 LAYERS = (
     ("accounting",),
-    ("dpkit.types", "dpkit.errors"),
+    ("dpkit.types", "dpkit.errors", "dpkit.version"),
+    ("dpkit.run_folder",),
+    ("dpkit.callbacks",),
     (
         "dpkit.clipping",
         "dpkit.mechanisms",
@@ -33,7 +35,7 @@ LAYERS = (
     # The front door re-exports everything up to the engine, so what imports it stands above the engine.
     ("dpkit",),
     ("dpkit.recipes", "dpkit.control", "dpkit.preprocess", "dpkit.federated", "dpkit.tune"),
-    ("dpkit.audit", "dpkit.report", "dpkit.integrations"),
+    ("dpkit.audit", "dpkit.report", "dpkit.integrations", "dpkit.datasets"),
     ("experiments", "dpkit.cli"),
 )
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}

@@ -1,20 +1,25 @@
 """The attachment: hooks on one model and one optimizer, and the order of events of one run.
 
 States of a logical batch: drawn -> every microbatch differentiated once -> charged and released -> the next one may be
-drawn. Any other order raises :class:`dpkit.errors.OutOfOrder` and releases nothing.
+drawn. Any other order raises :class:`dpkit.errors.OutOfOrder` and releases nothing. Between two logical batches, and
+only there, the run can be saved.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Hashable
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from accounting import Ledger, PlanRecord
+from accounting import Ledger, PlanRecord, round_up
+from dpkit.callbacks import Callback, StepRecord
 from dpkit.errors import (
+    CheckpointError,
     CrossExample,
     InvalidArgument,
     OutOfOrder,
@@ -26,6 +31,7 @@ from dpkit.gradients import Capture, PerSample, trainable
 from dpkit.mechanisms import RunKey
 
 from .batch import structure
+from .checkpoint import Checkpoint
 from .guards import (
     refuse_batch_statistics,
     refuse_foreign_leaves,
@@ -64,6 +70,9 @@ class Attachment:
       record: the plan as the ledger keeps it.
       run_key: secret of the run.
       microbatches: public upper bound of the microbatches of a logical batch.
+      charged: steps of this plan that the ledger has charged already: those of the run that is resumed.
+      callbacks: who is told what happens.
+      let_go: called when the attachment ends.
     """
 
     def __init__(
@@ -77,16 +86,28 @@ class Attachment:
         record: PlanRecord,
         run_key: RunKey,
         microbatches: int,
+        charged: int,
+        callbacks: Iterable[Callback],
+        let_go: Callable[[], None],
     ) -> None:
         self.plan = plan
         self.capture: Capture | None = None
         self.batches: PrivateLoader | None = None
         self.steps_taken = 0
+        self.steps_into_pass = 0
+        self.charged = charged
         self.nonprivate = BatchDiagnostics()
+        self.between_steps: Callable[[], None] | None = None
+        self.unrestored: frozenset[str] = frozenset()
+        """States of a checkpoint that the user's objects have not taken over yet."""
+        self._callbacks = tuple(callbacks)
+        self._let_go: Callable[[], None] | None = let_go
+        self._resumed_into_pass = 0
         self._model = weakref.ref(model)
+        self._optimizer = weakref.ref(optimizer)
         self._parameters = parameters
         self._ledger = ledger
-        self._record = record
+        self.record = record
         self._run_key = run_key
         self._microbatches = microbatches
         self._names = {id(p): name for name, p in parameters.items()}
@@ -102,14 +123,17 @@ class Attachment:
         self._went_through = False  # the batch in hand, through the model in a way that was probed
         self._versions: dict[int, int] | None = None
         self._handles: list[Any] = []
-        if (earlier := _ATTACHMENTS.get(model)) is not None:
-            earlier.detach()
         _ATTACHMENTS[model] = self
         self._watch(optimizer)
 
     def detach(self) -> None:
         """Leave model and optimizer as they were; this attachment takes no further step."""
         self._failed = True
+        if self._let_go is not None:
+            let_go, self._let_go = self._let_go, None
+            let_go()
+            for callback in self._callbacks:
+                callback.on_end()
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -130,7 +154,14 @@ class Attachment:
         if self.capture is not None and self.capture.pending:
             self._failed = True  # a backward pass had begun and died: this is no batch that was only looked at
         self._forget()
-        return min(steps_per_pass, self.plan.steps - self.steps_taken)
+        # A resumed run first ends the pass that was interrupted: what happens once a pass happens as often as ever.
+        self.steps_into_pass, self._resumed_into_pass = self._resumed_into_pass % steps_per_pass, 0
+        return min(steps_per_pass - self.steps_into_pass, self.steps_left)
+
+    @property
+    def steps_left(self) -> int:
+        """Logical steps that the plan still pays for: redone ones were paid before."""
+        return self.plan.steps - self.charged
 
     def receive(self, draw: Draw) -> None:
         """The loader hands out the next batch."""
@@ -138,6 +169,12 @@ class Attachment:
             raise OutOfOrder(
                 "an earlier batch of this run failed and was not released; going on without it would show that. Mend "
                 "the cause and start a new run; what was charged stays charged."
+            )
+        if self.unrestored:
+            raise OutOfOrder(
+                f"the checkpoint holds the state of {', '.join(sorted(self.unrestored))}, which nothing has taken "
+                "over; call engine.restore(name=object) with the objects that were saved, or enter "
+                "engine.autosave(...) with them."
             )
         if self._draw is not None:
             raise OutOfOrder(
@@ -147,6 +184,8 @@ class Attachment:
         self._forget()
         if (self._sum is None) != (draw.microbatch == 0):
             raise OutOfOrder("microbatches of two logical batches would mix; iterate over one loader at a time.")
+        if self._sum is None and self.between_steps is not None:
+            self.between_steps()
         self._draw = draw
 
     def _forget(self) -> None:
@@ -170,11 +209,11 @@ class Attachment:
         self._failed = True  # until the batch is through: whatever happens in between ends the run
         return draw
 
-    def add(self, gradients: PerSample, real: int, scale: float = 1.0) -> None:
+    def add(self, gradients: PerSample, real: int, scale: float = 1.0, losses: Tensor | None = None) -> None:
         """Clip and add the per-sample gradients of one microbatch."""
         if self._sum is None:
             self._sum = ClippedAccumulator(self.plan, self._state.rule, dict(self._parameters), self._microbatches)
-        self._sum.add(gradients, real, scale)
+        self._sum.add(gradients, real, scale, losses)
 
     def release(self) -> None:
         """Charge the logical batch, release it and write ``p.grad``."""
@@ -187,10 +226,12 @@ class Attachment:
             self.plan,
             self._state,
             ledger=self._ledger,
-            record=self._record,
+            record=self.record,
             run_key=self._run_key,
         )
         self.steps_taken += 1
+        self.steps_into_pass += 1
+        self.charged += 1
         self._unused = True
         self._versions = None  # released inside a step, by a closure: the step may move
         for name, parameter in self._parameters.items():
@@ -198,12 +239,109 @@ class Attachment:
             parameter.grad = gradient
             self._written[id(parameter)] = gradient
         self._failed = False
+        if self._callbacks:
+            record = self.step_record()
+            for callback in self._callbacks:
+                callback.on_step(record)
+            self.tell_nonprivate({name: v for name, v in asdict(self.nonprivate).items() if v is not None})
 
     def clear_gradients(self) -> None:
         """No gradients until the next release: an optimizer step in between moves nothing."""
         for parameter in self._parameters.values():
             parameter.grad = None
         self._written.clear()
+
+    # -- callbacks ----------------------------------------------------------------------------------------------------
+
+    def step_record(self) -> StepRecord:
+        """Where the run stands: public."""
+        optimizer = self._optimizer()
+        rate = None if optimizer is None else optimizer.param_groups[0].get("lr")
+        return StepRecord(
+            step=self.steps_taken,
+            charged=self.charged,
+            planned=self.plan.steps,
+            epsilon=round_up(self.plan.epsilon(self.charged).upper),
+            delta=self.plan.delta,
+            learning_rate=None if rate is None else float(rate),
+        )
+
+    def tell(self, metrics: Mapping[str, float]) -> None:
+        """Give every callback numbers that the loop declared public or released."""
+        record = self.step_record()
+        for callback in self._callbacks:
+            callback.on_metrics(record, metrics)
+
+    def tell_nonprivate(self, values: Mapping[str, float]) -> None:
+        """Give the callbacks that asked for it what is not private."""
+        if listeners := [callback for callback in self._callbacks if callback.nonprivate]:
+            record = self.step_record()
+            for callback in listeners:
+                callback.on_nonprivate(record, values)
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def states(self) -> dict[str, Any]:
+        """What a checkpoint must hold of the engine's own: all of it public or released.
+
+        Raises:
+          OutOfOrder: in the middle of a logical batch, or when the optimizer has not used the last release.
+        """
+        if self._failed or self._draw is not None or self._sum is not None:
+            raise OutOfOrder(
+                "a run can be saved between two logical batches only, and not after one that failed: call engine.save "
+                "after optimizer.step() (and before the next batch is drawn), or use engine.autosave."
+            )
+        self._refuse_unused_release("what was paid for it would be lost when the run is resumed")
+        return {
+            "model": self._require_model().state_dict(),
+            "optimizer": self._require_optimizer().state_dict(),
+            "rule": self._state.rule,
+            "filters": self._state.filters,
+        }
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Take over the parameters, the optimizer and all else that the checkpoint holds of the engine's own.
+
+        Raises:
+          CheckpointError: it is of another model or optimizer, or holds parameters from which nothing can be learnt.
+        """
+        model = self._require_model()
+        if self.plan.mechanism.init(dict(self._parameters)) != ():
+            raise CheckpointError(
+                f"{self.plan.mechanism} remembers noise from step to step, which no checkpoint may hold; a run with it "
+                "cannot be resumed. Start a new one."
+            )
+        current = model.state_dict()
+        saved = checkpoint.state("model", like=dict(current))
+        if not isinstance(saved, dict) or saved.keys() != current.keys():
+            different = sorted(current.keys() ^ saved.keys()) if isinstance(saved, dict) else []
+            raise CheckpointError(
+                f"the checkpoint {checkpoint.name} is of another model: only one of the two has "
+                f"{', '.join(map(repr, different[:5])) or 'parameters'}. Build the model as in the run that saved it."
+            )
+        for name in self._parameters:
+            if name in saved and not (isinstance(saved[name], Tensor) and bool(saved[name].isfinite().all())):
+                raise CheckpointError(
+                    f"parameter {name!r} in the checkpoint {checkpoint.name} is not finite: training had diverged. "
+                    "Resume from an earlier one (checkpoint=...)."
+                )
+        checkpoint.load("optimizer", self._load_optimizer)
+        checkpoint.load("model", lambda _: model.load_state_dict(_with_versions(saved, current)))
+        self._state.rule = checkpoint.state("rule", like=self._state.rule)
+        self._state.filters = checkpoint.state("filters", like=self._state.filters)
+        self.steps_taken = checkpoint.manifest.steps_taken
+        self._resumed_into_pass = checkpoint.manifest.steps_into_pass
+
+    def _load_optimizer(self, state: Any) -> None:
+        optimizer = self._require_optimizer()
+        optimizer.load_state_dict(state)
+        now = optimizer.state_dict()["state"]
+        for index, values in state["state"].items():
+            for name, value in values.items():
+                # load_state_dict casts to the parameter's type, which may be shorter than what the optimizer kept.
+                if isinstance(value, Tensor) and not _same_bits(value, now[index][name]):
+                    raise ValueError(f"{type(optimizer).__name__} does not take its own {name!r} back exactly")
 
     # -- the user's loop ----------------------------------------------------------------------------------------------
 
@@ -221,7 +359,7 @@ class Attachment:
             raise OutOfOrder("engine.backward belongs to make_private; in the functional form call step(batch).")
         refuse_loss_shape(losses, self._in_hand().rows, self._reduction)
         self._refuse_unprobed()
-        self._refuse_unused_release()
+        self._refuse_unused_release("the next release would overwrite it")
         refuse_foreign_leaves(losses, self._covered())
         draw = self.take_draw()
         self._differentiating = True
@@ -232,7 +370,7 @@ class Attachment:
             raise
         finally:
             self._differentiating = False
-        self._finish(draw)
+        self._finish(draw, losses if self._reduction == "none" else None)
 
     def _after_foreign_backward(self) -> None:
         """A backward pass ended that may not have been ours: ``loss.backward()`` in the user's loop."""
@@ -248,7 +386,7 @@ class Attachment:
                 )
             self._in_hand()
             self._refuse_unprobed()
-            self._refuse_unused_release()
+            self._refuse_unused_release("the next release would overwrite it")
             refuse_foreign_roots(self._covered())
             draw = self.take_draw()
         except BaseException:
@@ -270,17 +408,17 @@ class Attachment:
         anchor = [] if self.capture is None else [id(self.capture.anchor)]
         return {*anchor, *self._names}
 
-    def _refuse_unused_release(self) -> None:
-        """A release that was never stepped with is about to be overwritten."""
+    def _refuse_unused_release(self, loss: str) -> None:
+        """A release that was never stepped with is about to be lost; ``loss`` says how."""
         kept = [p.grad for p in self._parameters.values() if p.grad is not None]
         if self._unused and self._written and kept and bool(kept[0].any()):
             raise OutOfOrder(
                 "the gradient released before was not used: no optimizer.step() and no zero_grad() came after it, and "
-                "the next release would overwrite it. dpkit does not accumulate over logical batches; a larger "
-                "batch_size with max_physical_batch_size does what gradient accumulation is for."
+                f"{loss}. dpkit does not accumulate over logical batches; a larger batch_size with "
+                "max_physical_batch_size does what gradient accumulation is for."
             )
 
-    def _finish(self, draw: Draw) -> None:
+    def _finish(self, draw: Draw, losses: Tensor | None = None) -> None:
         assert self.capture is not None
         self.refuse_changes()
         self.clear_gradients()
@@ -290,7 +428,7 @@ class Attachment:
                 "gradients enabled."
             )
         gradients = self.capture.collect(draw.rows)
-        self.add(gradients, draw.real, scale=float(draw.rows) if self._reduction == "mean" else 1.0)
+        self.add(gradients, draw.real, float(draw.rows) if self._reduction == "mean" else 1.0, losses)
         if draw.last:
             self.release()
         else:
@@ -384,3 +522,28 @@ class Attachment:
         if model is None:
             raise OutOfOrder("the attached model no longer exists.")
         return model
+
+    def _require_optimizer(self) -> torch.optim.Optimizer:
+        optimizer = self._optimizer()
+        if optimizer is None:
+            raise OutOfOrder("the attached optimizer no longer exists.")
+        return optimizer
+
+
+def detach_earlier(model: nn.Module) -> None:
+    """End an earlier engine's attachment to ``model``, if there is one."""
+    if (earlier := _ATTACHMENTS.get(model)) is not None:
+        earlier.detach()
+
+
+def _with_versions(saved: Mapping[str, Any], current: Mapping[str, Any]) -> OrderedDict[str, Any]:
+    """``saved`` with the version numbers of modules, by which torch tells state dictionaries of its older releases."""
+    state = OrderedDict(saved)
+    state._metadata = getattr(current, "_metadata", {})  # pyright: ignore[reportAttributeAccessIssue]
+    return state
+
+
+def _same_bits(one: Tensor, other: Any) -> bool:
+    if not isinstance(other, Tensor) or (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    return torch.equal(one.reshape(-1).view(torch.uint8), other.cpu().contiguous().reshape(-1).view(torch.uint8))

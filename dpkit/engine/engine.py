@@ -6,6 +6,8 @@ Guarantees:
     next one before that is refused (Law 6).
   * Nothing that the user's loop can count depends on the data: one ``backward`` per batch handed out, public numbers of
     batches (Law 11).
+  * A run can be killed at any instant and resumed from a checkpoint: what was charged stays charged, steps taken again
+    are paid again, and no key is used again. One process at a time trains in a run folder.
   * Copies and pickles of the model are plain models. The model itself stays attached until ``engine.detach()``: losing
     the engine must not turn a private loop into one without privacy.
 
@@ -16,7 +18,7 @@ neighbour probe, which sees the model (in the functional form the loss as well);
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -26,19 +28,26 @@ from torch.utils.data import DataLoader, default_collate
 
 import accounting
 from accounting import Budget, Ledger, PlanRecord, Relation, Statement
+from dpkit.callbacks import Callback
 from dpkit.clipping import ClipRule, Flat
-from dpkit.errors import InvalidArgument, LedgerError, OutOfOrder
+from dpkit.errors import BudgetExceeded, CheckpointError, InvalidArgument, LedgerError, OutOfOrder
 from dpkit.filters import Filter
 from dpkit.gradients import Backend, ghost, trainable
-from dpkit.mechanisms import Gaussian, Mechanism, RunKey
+from dpkit.mechanisms import Mechanism, RunKey
+from dpkit.run_folder import RunFolder
 from dpkit.sampling import Poisson, TruncatedPoisson
 
-from .attachment import Attachment, check_reduction
+from . import checkpoint as checkpoints
+from .attachment import Attachment, check_reduction, detach_earlier
+from .autosave import Autosave
 from .batch import Batch, take
+from .calibration import choose_mechanism
+from .checkpoint import Checkpoint, Manifest
 from .guards import refuse_model, refuse_optimizer
 from .loader import Draws, Loading, PrivateLoader, filled, microbatch_rows
 from .plan import LARGEST_EXCESS, Plan, check_count, check_number, steps_per_epoch
 from .probe import probe_loss, training_mode
+from .record import continued, plan_record
 from .step import BatchDiagnostics
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -66,8 +75,10 @@ class PrivacyEngine:
         keeps its own.
       seed: None (the default) takes all randomness of sampling and noise from the operating system. A number makes a
         run repeatable and not certified.
+      callbacks: who is told what happens, see :mod:`dpkit.callbacks`.
     Raises:
       InvalidArgument: when ``ledger`` is given without ``dataset_name``.
+      RunFolderError: when ``run_dir`` is no folder.
       LedgerError: when the ledger exists and cannot be trusted, or a used run folder has lost it.
     """
 
@@ -79,17 +90,21 @@ class PrivacyEngine:
         dataset_name: str | None = None,
         budget: Budget | None = None,
         seed: int | None = None,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         if ledger is not None and dataset_name is None:
             raise InvalidArgument(
                 "a ledger belongs to one named data set; pass dataset_name= together with ledger=, the same name in "
                 "every run on that data set."
             )
-        self.run_dir = Path(run_dir)
+        self._folder = RunFolder(run_dir)
+        self.run_dir = self._folder.path
         self._ledger_path = Path(ledger) if ledger is not None else self.run_dir / "ledger.sqlite"
         self._dataset_name = dataset_name if dataset_name is not None else self.run_dir.resolve().name
         self._budget = budget
         self._run_key = RunKey(seed)
+        self._callbacks = tuple(callbacks)
+        self._checkpoint: Checkpoint | None = None
         self._ledger: Ledger | None = None
         if self._ledger_path.exists():
             self._ledger = Ledger.open(self._ledger_path, dataset_name=self._dataset_name)
@@ -99,9 +114,56 @@ class PrivacyEngine:
                 "spent on this data is unknown. Put the ledger back, or start in a new folder knowing that the earlier "
                 "run counts."
             )
-        elif self.run_dir.exists() and not self.run_dir.is_dir():
-            raise InvalidArgument(f"run_dir {self.run_dir} is a file; give a folder.")
         self._attached: Attachment | None = None
+
+    @classmethod
+    def resume(
+        cls,
+        run_dir: str | Path,
+        *,
+        checkpoint: str | None = None,
+        ledger: str | Path | None = None,
+        dataset_name: str | None = None,
+        seed: int | None = None,
+        callbacks: Sequence[Callback] = (),
+    ) -> PrivacyEngine:
+        """The engine of a run that stopped, ready to go on from a checkpoint.
+
+        Make the model, optimizer and loader as in the first run and attach with the same call to :meth:`make_private`
+        or :meth:`attach`: parameters, optimizer, clipping rule and filters are then those of the checkpoint, and the
+        loader goes on in the pass that was interrupted. Your own objects follow with :meth:`restore` or
+        :meth:`autosave`.
+
+        The ledger decides what may still be done. Steps that were charged after the checkpoint stay charged, so a run
+        that was killed ends with as many fewer steps (:attr:`steps_left`). Sampling and noise use fresh keys.
+
+        Args:
+          checkpoint: name of a file in ``RUN/checkpoints``; the newest when left out.
+          ledger, dataset_name, seed, callbacks: as for a new engine; the data set's name is known from the checkpoint.
+        Raises:
+          CheckpointError: there is no checkpoint, or it is damaged, or of another data set.
+          LedgerError: the ledger is missing, cannot be trusted, or is older than the checkpoint.
+          RunFolderError: the run folder or the checkpoint cannot be read, or the name leads out of the folder.
+        """
+        folder = RunFolder(run_dir)
+        saved = checkpoints.read(folder, checkpoints.newest(folder) if checkpoint is None else checkpoint)
+        manifest = saved.manifest
+        if dataset_name is not None and dataset_name != manifest.dataset_name:
+            raise CheckpointError(
+                f"the checkpoint {saved.name} is of a run on the data set {manifest.dataset_name!r}, not on "
+                f"{dataset_name!r}. What a run learnt about one data set cannot be charged to another: start a new run."
+            )
+        engine = cls(run_dir, ledger=ledger, dataset_name=manifest.dataset_name, seed=seed, callbacks=callbacks)
+        if engine._ledger is None:
+            raise LedgerError(
+                f"{engine._ledger_path} is missing, and what was spent is known from the ledger alone. Put it back, or "
+                "pass ledger= if the run used a ledger elsewhere."
+            )
+        engine._ledger.check_anchor(manifest.anchor_sequence, manifest.anchor_digest)
+        engine._checkpoint = saved
+        engine._charged_before()
+        engine._run_key = RunKey(seed, resumed_at=engine._ledger.anchor()[1])
+        return engine
 
     # -- attaching ----------------------------------------------------------------------------------------------------
 
@@ -200,7 +262,15 @@ class PrivacyEngine:
                 relation=relation,
             )
 
-        plan = plan_with(_mechanism(target_epsilon, noise_multiplier, mechanism, plan_with))
+        plan = plan_with(
+            choose_mechanism(
+                target_epsilon,
+                noise_multiplier,
+                mechanism,
+                plan_with,
+                resumed=None if self._checkpoint is None else self._checkpoint.manifest.plan,
+            )
+        )
         draws = Draws(plan.sampler, len(loading.dataset), self._run_key, rows)
         template = loading.template(probe_batch)
         check_reduction(loss_reduction)
@@ -277,8 +347,8 @@ class PrivacyEngine:
             for start in range(0, draw.rows, chunk):
                 rows = slice(start, min(start + chunk, draw.rows))
                 size = rows.stop - rows.start
-                gradients, _ = backend.per_sample(model, loss_fn, take(batch, rows), size)
-                attached.add(gradients, min(max(draw.real - start, 0), size))
+                gradients, losses = backend.per_sample(model, loss_fn, take(batch, rows), size)
+                attached.add(gradients, min(max(draw.real - start, 0), size), losses=losses)
             attached.release()
             optimizer.step()
 
@@ -315,8 +385,13 @@ class PrivacyEngine:
 
     @property
     def steps_taken(self) -> int:
-        """Logical steps that this run has released."""
+        """Logical steps behind the parameters as they are now."""
         return 0 if self._attached is None else self._attached.steps_taken
+
+    @property
+    def steps_left(self) -> int:
+        """Logical steps that the plan still pays for: the planned ones less all that were charged, redone ones too."""
+        return self._require_attached().steps_left
 
     @property
     def nonprivate(self) -> BatchDiagnostics:
@@ -331,12 +406,123 @@ class PrivacyEngine:
         return self._ledger
 
     def epsilon(self) -> accounting.Bound:
-        """ε of the steps taken so far by this run, at the plan's δ."""
-        return self.plan.epsilon(self.steps_taken)
+        """ε of all steps that were charged for this run so far, redone ones included, at the plan's δ."""
+        return self.plan.epsilon(self._require_attached().charged)
 
     def statement(self) -> Statement:
         """What may be claimed for everything that the ledger has paid for."""
         return accounting.statement(self.ledger)
+
+    # -- saving -------------------------------------------------------------------------------------------------------
+
+    def save(self, **states: Any) -> Path:
+        """Write a checkpoint of the run as it stands between two logical steps; returns its path.
+
+        It holds the parameters and buffers of the model, the optimizer, the clipping rule, the filters, and the plan:
+        nothing that is not public or released, so it may be published like the model. That must hold for ``states``
+        too.
+
+        Args:
+          states: objects with ``state_dict()`` and ``load_state_dict()``, by name: ``save(scheduler=scheduler)``.
+        Raises:
+          OutOfOrder: in the middle of a logical batch, or before the optimizer used the last release.
+          CheckpointError: a state holds something that cannot be stored.
+          RunFolderError: the file could not be written; the checkpoints before it are as they were.
+        """
+        attached = self._require_attached()
+        if attached.unrestored:
+            raise OutOfOrder(
+                f"the state of {', '.join(sorted(attached.unrestored))} was not restored yet and would be lost; call "
+                "engine.restore first."
+            )
+        own = attached.states()
+        given = {f"user/{name}": _state_dict(name, holder) for name, holder in states.items()}
+        sequence, digest = self.ledger.anchor()
+
+        def describe(number: int, packed: dict[str, Any]) -> Manifest:
+            return Manifest(
+                number=number,
+                steps_taken=attached.steps_taken,
+                steps_into_pass=attached.steps_into_pass,
+                dataset_name=self._dataset_name,
+                plan=attached.record,
+                anchor_sequence=sequence,
+                anchor_digest=digest,
+                states=packed,
+            )
+
+        name = checkpoints.write(self._folder, own | given, describe)
+        return self._folder.entry(checkpoints.FOLDER, name)
+
+    def restore(self, **states: Any) -> None:
+        """Give objects that were saved with a checkpoint their states back: ``restore(scheduler=scheduler)``.
+
+        Raises:
+          OutOfOrder: the run was not resumed, or is not attached yet.
+          CheckpointError: the names are not those that were saved, or an object does not take its state.
+        """
+        attached = self._require_attached()
+        if self._checkpoint is None:
+            raise OutOfOrder(
+                "this run was not resumed; PrivacyEngine.resume(run_dir) makes an engine that can restore."
+            )
+        saved = {name.removeprefix("user/") for name in self._checkpoint.manifest.states if name.startswith("user/")}
+        if different := saved ^ states.keys():
+            raise CheckpointError(
+                f"the checkpoint {self._checkpoint.name} holds the states of {', '.join(sorted(saved)) or 'no object'}"
+                f", and {', '.join(sorted(different))} differs. Restore the same names as were saved."
+            )
+        for name, holder in states.items():
+            _state_dict(name, holder)  # refuses what has none
+            self._checkpoint.load(f"user/{name}", holder.load_state_dict)
+        # Making a scheduler sets the learning rates of the optimizer, maybe after they were resumed.
+        attached.resume(self._checkpoint)
+        attached.unrestored = frozenset()
+
+    def autosave(self, *, every: int, keep: int | None = None, **states: Any) -> Autosave:
+        """A context in which the run saves itself: ``with engine.autosave(every=100, scheduler=scheduler): ...``.
+
+        A checkpoint is written on entering, whenever ``every`` further logical steps are complete, on SIGINT and
+        SIGTERM (which then end the loop), and at the end. In a resumed run ``states`` are restored first.
+
+        Args:
+          every: logical steps from one checkpoint to the next.
+          keep: how many checkpoints stay, the newest ones; all of them when left out.
+          states: as for :meth:`save`.
+        Raises:
+          OutOfOrder, CheckpointError, RunFolderError: as :meth:`save` and :meth:`restore`.
+        """
+        attached = self._require_attached()
+        if keep is not None:
+            check_count("keep", keep)
+            if keep < 1:
+                raise InvalidArgument(f"keep is {keep}; at least the newest checkpoint must stay.")
+        if attached.unrestored:
+            self.restore(**states)
+
+        def watch(between_steps: Callable[[], None] | None) -> None:
+            attached.between_steps = between_steps
+
+        return Autosave(
+            save=lambda: self.save(**states),
+            prune=lambda: None if keep is None else checkpoints.prune(self._folder, keep),
+            steps_taken=lambda: self.steps_taken,
+            watch=watch,
+            every=every,
+        )
+
+    # -- logging ------------------------------------------------------------------------------------------------------
+
+    def log(self, **metrics: float) -> None:
+        """Tell the callbacks numbers that are public or released, such as ``test_accuracy`` on a public test set.
+
+        You declare them so: a loss on private data is neither. That goes to :meth:`log_nonprivate`.
+        """
+        self._require_attached().tell(metrics)
+
+    def log_nonprivate(self, **values: float) -> None:
+        """Tell numbers that are NOT PRIVATE to those callbacks that asked for such numbers, and to no other."""
+        self._require_attached().tell_nonprivate(values)
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
@@ -384,12 +570,17 @@ class PrivacyEngine:
         refuse_model(model)
         parameters = trainable(model)
         refuse_optimizer(optimizer, parameters)
-        record = self._record(plan, caveats)
-        cost = Budget(epsilon=target_epsilon or plan.epsilon().upper, delta=plan.delta)
-        self._ledger = self._open_or_create(self._budget or cost)
-        self._ledger.check(record)
-        (self.run_dir / "nonprivate").mkdir(parents=True, exist_ok=True)
-        self._attached = Attachment(
+        record = plan_record(plan, certified=self._run_key.certified, caveats=caveats, target_epsilon=target_epsilon)
+        if self._checkpoint is not None:
+            record = continued(self._checkpoint.manifest.plan, record)
+        self._ledger = self._open_or_create(
+            self._budget or Budget(epsilon=target_epsilon or plan.epsilon().upper, delta=plan.delta)
+        )
+        self._check(record)
+        detach_earlier(model)
+        lock = self._folder.lock()
+        self._folder.make("nonprivate")
+        attached = Attachment(
             model,
             optimizer,
             plan,
@@ -398,8 +589,65 @@ class PrivacyEngine:
             record=record,
             run_key=self._run_key,
             microbatches=microbatches,
+            charged=self._charged_before(),  # under the lock: no other process adds to it any more
+            callbacks=self._callbacks,
+            let_go=lock.release,
         )
-        return self._attached
+        if self._checkpoint is not None:
+            try:
+                attached.resume(self._checkpoint)
+            except BaseException:
+                attached.detach()
+                raise
+            attached.unrestored = frozenset(
+                name.removeprefix("user/") for name in self._checkpoint.manifest.states if name.startswith("user/")
+            )
+        self._attached = attached
+        settings = {key: value for key, value in record.facts.items() if not isinstance(value, list)}
+        for callback in self._callbacks:
+            callback.on_begin(
+                {
+                    "dataset_name": self._dataset_name,
+                    "steps": plan.steps,
+                    "num_examples": plan.num_examples,
+                    "delta": plan.delta,
+                    "unit": plan.unit,
+                    "relation": plan.relation.value,
+                    **settings,
+                }
+            )
+        return attached
+
+    def _check(self, record: PlanRecord) -> None:
+        """Refuse a plan that the ledger would not charge; a resumed one that has been charged in full takes no step."""
+        try:
+            self.ledger.check(record)
+        except BudgetExceeded:
+            if self._checkpoint is None or self._charged_before() < record.steps:
+                raise
+
+    def _charged_before(self) -> int:
+        """Steps of the resumed plan that the ledger has charged.
+
+        Raises:
+          CheckpointError: fewer than the checkpoint has taken, or none of this plan: it is of another run.
+        """
+        if self._checkpoint is None:
+            return 0
+        manifest = self._checkpoint.manifest
+        known = self.ledger.find_plan(manifest.plan.plan_id)
+        charged = 0 if known is None else known[1]
+        if known is not None and known[0] != manifest.plan:
+            raise CheckpointError(
+                f"the plan in the checkpoint {self._checkpoint.name} is not the one that the ledger was charged for; "
+                "the checkpoint was changed, or belongs to another run."
+            )
+        if manifest.steps_taken > charged:
+            raise CheckpointError(
+                f"the checkpoint {self._checkpoint.name} is after {manifest.steps_taken} steps, and the ledger has "
+                f"charged {charged} of its plan; it belongs to another run."
+            )
+        return charged
 
     def _open_or_create(self, budget: Budget) -> Ledger:
         if self._ledger is None:
@@ -412,55 +660,11 @@ class PrivacyEngine:
             )
         return self._ledger
 
-    def _record(self, plan: Plan, caveats: list[str]) -> PlanRecord:
-        """What the ledger keeps of the plan, for the statement."""
-        certified = self._run_key.certified
-        return PlanRecord(
-            event=plan.event,
-            steps=plan.steps,
-            delta=plan.delta,
-            relation=plan.relation,
-            unit=plan.unit,
-            num_examples=plan.num_examples,
-            facts={
-                "clipping": str(plan.clip),
-                "max_grad_norm": plan.clip.bounds(plan.clip.init([0]))[0],
-                "noise_generator": "torch, seeded with 256 bits by the operating system; not cryptographic",
-                "certified": certified,
-                "certified_reason": None if certified else "seeded: whoever knows the seed can remove the noise",
-                "caveats": caveats,
-                "torch_version": str(torch.__version__),
-            },
-        )
 
-
-def _mechanism(
-    target_epsilon: float | None,
-    noise_multiplier: float | None,
-    mechanism: Mechanism | None,
-    plan_with: Callable[[Mechanism], Plan],
-) -> Mechanism:
-    """The mechanism that was asked for, calibrated when only its outcome was."""
-    for name, number in (("target_epsilon", target_epsilon), ("noise_multiplier", noise_multiplier)):
-        if number is not None:
-            check_number(name, number)
-    given = [value for value in (target_epsilon, noise_multiplier, mechanism) if value is not None]
-    if len(given) != 1:
+def _state_dict(name: str, holder: Any) -> Mapping[str, Any]:
+    if not (hasattr(holder, "state_dict") and hasattr(holder, "load_state_dict")):
         raise InvalidArgument(
-            f"target_epsilon is {target_epsilon}, noise_multiplier is {noise_multiplier} and mechanism is {mechanism}; "
-            "give exactly one of them."
+            f"{name} is a {type(holder).__name__} without state_dict() and load_state_dict(); give objects that have "
+            "both."
         )
-    if mechanism is not None:
-        return mechanism
-    if noise_multiplier is not None:
-        return Gaussian(float(noise_multiplier))
-    template = plan_with(Gaussian(1.0))
-
-    def event_of(candidate: float) -> accounting.Event:
-        return accounting.Repeated(event=plan_with(Gaussian(candidate)).event, count=template.steps)
-
-    return Gaussian(
-        accounting.calibrate_noise_multiplier(
-            float(target_epsilon or 0.0), template.delta, event_of, relation=template.relation
-        )
-    )
+    return holder.state_dict()

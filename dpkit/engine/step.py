@@ -31,11 +31,13 @@ class BatchDiagnostics:
       units: realised batch size.
       clipped: units whose gradient was scaled down.
       dropped: units left out because their gradient was not finite.
+      mean_loss: of the units; None where the loop reduced the losses itself, and for an empty batch.
     """
 
     units: int = 0
     clipped: int = 0
     dropped: int = 0
+    mean_loss: float | None = None
 
 
 class ClippedAccumulator:
@@ -60,14 +62,16 @@ class ClippedAccumulator:
         self._microbatches = microbatches
         self.diagnostics = BatchDiagnostics()
 
-    def add(self, gradients: PerSample, real: int, scale: float = 1.0) -> None:
+    def add(self, gradients: PerSample, real: int, scale: float = 1.0, losses: Tensor | None = None) -> None:
         """Clip and add one microbatch.
 
         Args:
           gradients: per-sample gradients of all rows, padding included.
           real: the first ``real`` rows are units; the others are padding and add nothing.
           scale: factor by which the gradients are too small (a mean loss over B rows: B).
+          losses: (B,) for the diagnostics, if there is one a row.
         """
+        self._count_losses(losses, real)
         norms = self._norms(gradients) * scale
         is_unit = torch.arange(gradients.size, device=norms.device) < real
         keep = is_unit & norms.isfinite().all(dim=0)
@@ -83,6 +87,12 @@ class ClippedAccumulator:
         weights = {name: (factors[self._groups[name]] * scale).float() for name in self._names}
         for name, total in gradients.weighted_sum(weights):
             self._sum[name] += total
+
+    def _count_losses(self, losses: Tensor | None, real: int) -> None:
+        if losses is not None and real > 0:
+            seen, mean = self.diagnostics.units, self.diagnostics.mean_loss or 0.0
+            total = float(losses.detach()[:real].sum(dtype=torch.float64))
+            self.diagnostics.mean_loss = (mean * seen + total) / (seen + real)
 
     def _norms(self, gradients: PerSample) -> Tensor:
         """(K, B) upper bounds of the L2 norms, in double precision."""

@@ -78,15 +78,18 @@ class RunKey:
     Args:
       seed: None takes 256 bits from the operating system. A number makes noise and sampling reproducible for research
         and debugging: anybody who knows it can remove the noise, so such a run is never certified.
+      resumed_at: digest of the ledger's last entry when a run is resumed: a seeded run then has other keys than before,
+        or its next steps would repeat the noise of its first ones.
     Raises:
       InvalidArgument: when the seed is not an integer.
     """
 
-    def __init__(self, seed: int | None = None) -> None:
+    def __init__(self, seed: int | None = None, *, resumed_at: str = "") -> None:
         if seed is None:
             self._secret = os.urandom(_SECRET_BYTES)
         elif isinstance(seed, int) and not isinstance(seed, bool):
-            self._secret = hashlib.sha256(b"dpkit seeded run, not certified" + str(seed).encode()).digest()
+            label = f"dpkit seeded run, not certified{seed}" + (f" resumed at {resumed_at}" if resumed_at else "")
+            self._secret = hashlib.sha256(label.encode()).digest()
         else:
             raise InvalidArgument(f"seed is {seed!r}; give an integer, or None for noise that nobody can repeat.")
         self.certified = seed is None

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import math
 import pickle
+import sqlite3
 import stat
 import threading
+from contextlib import closing
 
 import pytest
 
@@ -255,3 +259,41 @@ def test_ledgers_are_made_with_names_and_budgets_only(path):
 def test_a_read_only_ledger_does_not_charge(ledger, path):
     with Ledger.open(path, read_only=True) as reader, pytest.raises(LedgerError, match="read_only"):
         reader.charge(plan(), EVENT)
+
+
+def test_a_plan_is_found_by_its_id_with_its_charges(ledger, path):
+    first, second = plan(), plan(event=Poisson(0.02, Gaussian(2.0)))
+    assert ledger.find_plan(first.plan_id) is None
+    for _ in range(3):
+        ledger.charge(first, first.event)
+    ledger.charge(second, second.event)
+    assert ledger.find_plan(first.plan_id) == (first, 3)
+    assert ledger.find_plan(second.plan_id) == (second, 1)
+    assert ledger.find_plan(first.plan_id[:8]) is None
+    with Ledger.open(path, read_only=True) as reader:
+        ledger.charge(first, first.event)  # another process goes on
+        assert reader.find_plan(first.plan_id) == (first, 4)
+
+
+def test_the_entries_are_what_was_hashed(ledger):
+    record = plan()
+    receipts = [ledger.charge(record, record.event) for _ in range(3)]
+    entries = list(ledger.entries())
+    assert [sequence for sequence, _, _ in entries] == list(range(5))
+    assert [json.loads(body)["kind"] for _, body, _ in entries] == ["header", "plan", "charge", "charge", "charge"]
+    before = bytes(32)
+    for _, body, digest in entries:
+        before = hashlib.sha256(before + body).digest()
+        assert before.hex() == digest
+    assert ledger.anchor() == (entries[-1][0], entries[-1][2])
+    assert [receipt.digest for receipt in receipts] == [digest for _, _, digest in entries[2:]]
+
+
+def test_entries_of_a_ledger_that_was_changed_are_not_given(ledger, path):
+    record = plan()
+    for _ in range(3):
+        ledger.charge(record, record.event)
+    with closing(sqlite3.connect(path)) as other, other:
+        other.execute("UPDATE entries SET body = CAST(replace(body, '\"step\":2', '\"step\":9') AS BLOB)")
+    with pytest.raises(LedgerError, match="the chain breaks at entry 3"):
+        ledger.entries()

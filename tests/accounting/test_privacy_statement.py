@@ -120,6 +120,24 @@ def test_epsilon_never_stands_without_its_meaning(ledger):
     assert said.data_accesses == 4
 
 
+def test_the_statement_says_how_many_steps_are_left(ledger):
+    p = plan(steps=3)
+    for taken in (1, 2, 3):
+        ledger.charge(p, p.event)
+        said = statement(ledger)
+        assert said.plans[0].steps_left == 3 - taken
+        text = " ".join(str(said).split())
+        rest = f"{3 - taken} more may be taken" if taken < 3 else "none is left"
+        assert f"{taken} of 3 planned steps charged; {rest}" in text
+
+
+def test_what_a_crash_shows_is_said_not_to_be_covered(ledger):
+    p = plan()
+    ledger.charge(p, p.event)
+    text = " ".join(str(statement(ledger)).split())
+    assert "what can be learnt from when a process stopped or failed (memory, crashes, timing)" in text
+
+
 def test_the_json_holds_the_same(ledger):
     p = plan()
     ledger.charge(p, p.event)

@@ -1,0 +1,72 @@
+"""The plan as the ledger keeps it, and whether a resumed run has the same one."""
+
+from __future__ import annotations
+
+import torch
+
+from accounting import PlanRecord
+from accounting.records import Fact
+from dpkit.errors import CheckpointError
+from dpkit.version import __version__
+
+from .plan import Plan
+
+_GUARANTEE = ("event", "steps", "delta", "relation", "unit", "num_examples")
+# What may differ when a run goes on: it is another process, and perhaps another machine.
+_OF_THE_PROCESS = ("certified", "certified_reason", "torch_version", "dpkit_version")
+
+
+def plan_record(plan: Plan, *, certified: bool, caveats: list[str], target_epsilon: float | None) -> PlanRecord:
+    """What the ledger keeps of the plan, for the guarantee and for the statement."""
+    facts: dict[str, Fact] = {
+        "clipping": str(plan.clip),
+        "max_grad_norm": plan.clip.bounds(plan.clip.init([0]))[0],
+        "sampler": str(plan.sampler),
+        "expected_batch_size": plan.expected_batch,
+        "mechanism": str(plan.mechanism),
+        "filters": len(plan.filters),
+        "target_epsilon": target_epsilon,
+        "noise_generator": "torch, seeded with 256 bits by the operating system; not cryptographic",
+        "certified": certified,
+        "certified_reason": None if certified else "seeded: whoever knows the seed can remove the noise",
+        "caveats": caveats,
+        "torch_version": str(torch.__version__),
+        "dpkit_version": __version__,
+    }
+    return PlanRecord(
+        event=plan.event,
+        steps=plan.steps,
+        delta=plan.delta,
+        relation=plan.relation,
+        unit=plan.unit,
+        num_examples=plan.num_examples,
+        facts=facts,
+    )
+
+
+def continued(saved: PlanRecord, now: PlanRecord) -> PlanRecord:
+    """``saved``, if ``now`` is the same plan; the ledger takes no changed one.
+
+    Raises:
+      CheckpointError: naming what differs.
+    """
+    differences = [
+        f"{name} was {getattr(saved, name)!r} and is {getattr(now, name)!r}"
+        for name in _GUARANTEE
+        if getattr(saved, name) != getattr(now, name)
+    ]
+    differences += [
+        f"{name} was {saved.facts.get(name)!r} and is {now.facts.get(name)!r}"
+        for name in sorted(saved.facts.keys() | now.facts.keys())
+        if name not in _OF_THE_PROCESS and saved.facts.get(name) != now.facts.get(name)
+    ]
+    if differences:
+        raise CheckpointError(
+            f"the checkpoint is of another plan: {'; '.join(differences)}. A plan never changes once it is charged: "
+            "give the same values as in the run that saved it, or start a new run."
+        )
+    if saved.facts.get("certified") is True and now.facts.get("certified") is not True:
+        raise CheckpointError(
+            "the run that is resumed was certified, and a seed would make its further noise repeatable; leave seed out."
+        )
+    return saved
