@@ -37,6 +37,7 @@ LARGEST_TEXT = 64 * 2**20
 """Bytes of a text file of a run that are read at most."""
 
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
+_TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.tmp")  # no valid name: never taken for a file of the run
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)  # Windows has none; the check of the entry remains
 
 
@@ -124,7 +125,7 @@ class RunFolder:
           RunFolderError: it could not be written; what was there before is still there.
         """
         path = self.entry(*names)
-        temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")  # no valid name: never taken for a file of the run
+        temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -181,6 +182,20 @@ class RunFolder:
             path.unlink(missing_ok=True)
         except OSError as error:
             raise _failed(path, "deleted", error) from None
+
+    def sweep(self, *names: str) -> None:
+        """Deletes the temporary files that killed processes left in a subfolder. Only for the holder of the lock.
+
+        Raises:
+          RunFolderError: one cannot be deleted.
+        """
+        folder = self.entry(*names)
+        try:
+            for path in folder.iterdir() if folder.is_dir() else ():
+                if _TEMPORARY.fullmatch(path.name):
+                    path.unlink(missing_ok=True)
+        except OSError as error:
+            raise _failed(folder, "cleaned", error) from None
 
     def lock(self) -> FileLock:
         """The lock of the one process that trains here, taken; it ends with the process, or with ``release()``.

@@ -580,6 +580,7 @@ class PrivacyEngine:
         detach_earlier(model)
         lock = self._folder.lock()
         self._folder.make("nonprivate")
+        self._folder.sweep(checkpoints.FOLDER)
         attached = Attachment(
             model,
             optimizer,
