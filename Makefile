@@ -28,7 +28,7 @@ test: $(VENV)/.dev
 	@$(PYTEST) -m "not slow" -n 2
 
 # pytest exits with 5 when it finds no test: say so instead of reporting a success that never ran.
-test-slow: $(VENV)/.dev
+test-slow: $(VENV)/.slow
 	@$(PYTEST) -m slow -n 2; code=$$?; \
 	if [ $$code -eq 5 ]; then echo "make test-slow: no test is marked slow, nothing was run"; exit 0; fi; \
 	exit $$code
@@ -44,7 +44,7 @@ bench: $(VENV)/.dev
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 
-# The stamps: .demo and .dev are as new as the last install of that extra. `dev` contains `demo`.
+# The stamps: .demo, .dev and .slow are as new as the last install of that extra. `dev` contains `demo`.
 $(VENV)/.made:
 	@echo "building $(VENV) with $(PYTHON)"
 	@$(PYTHON) -m venv $(VENV)
@@ -59,3 +59,8 @@ $(VENV)/.dev: $(VENV)/.made pyproject.toml constraints.txt
 	@echo "installing dpkit with what development needs (a few minutes the first time)"
 	@$(INSTALL) ".[dev]"
 	@touch $(VENV)/.demo $@
+
+$(VENV)/.slow: $(VENV)/.dev
+	@echo "installing what only the slow tests need"
+	@$(INSTALL) ".[dev,log]"
+	@touch $@

@@ -12,7 +12,8 @@ object has seen or written, say because an older copy was written over it, is da
 
 What it does not promise: the hashes hold no secret.  They show accidents and careless edits.  Whoever can write the
 file can also forge it as a whole, or put an older copy in its place; against that, keep an anchor (sequence, digest)
-elsewhere.  File locks on network file systems are only as good as the file system.
+elsewhere.  ``tip.py`` keeps one beside the file, against accidents.  File locks on network file systems are only as
+good as the file system.
 """
 
 from __future__ import annotations
@@ -166,9 +167,11 @@ class Chain:
 
     def digest_of(self, sequence: int) -> bytes | None:
         """The digest of an entry that this object has verified; None if there is no such entry."""
+        if not 0 <= sequence <= self.position.sequence:  # SQLite's numbers end at 2**63
+            return None
         with self._translated():
             row = self._connection.execute("SELECT digest FROM entries WHERE sequence = ?", (sequence,)).fetchone()
-        return row[0] if row and sequence <= self.position.sequence else None
+        return row[0] if row else None
 
     def close(self) -> None:
         """Closes the file; calling it again does nothing. A forked child leaves its parent's file alone."""

@@ -13,6 +13,10 @@ planned steps must stay within the budget when a plan makes its first charge; af
 
 The data set is known by the name that a person typed, never by a fingerprint of its content: a fingerprint would
 differ between neighbours.  What the file guarantees is written in ``chain.py``.
+
+An older copy of the ledger in its place is whole, and forgets what was spent since.  It is refused when it is opened,
+as far as the note beside it knows (``LEDGER.tip``, see ``tip.py``): not if the note was copied along with it, deleted,
+or could not be written.  Checkpoints and reports keep an anchor each, for :meth:`Ledger.check_anchor`.
 """
 
 from __future__ import annotations
@@ -27,11 +31,12 @@ from pathlib import Path
 from typing import Any
 
 from .accountant import Bound, epsilon
-from .chain import Chain
+from .chain import Chain, Position
 from .errors import BudgetExceeded, InvalidParameter, LedgerError
 from .events import Event, Relation, Repeated
 from .records import Budget, PlanRecord, Receipt, Spent
 from .rounding import as_typed, round_up_text
+from .tip import TipNote
 from .values import Name, Value
 
 
@@ -43,8 +48,9 @@ class _Header(Value):
 class Ledger:
     """An open ledger; made by :meth:`create` or :meth:`open`. Safe to share between threads, not across a fork."""
 
-    def __init__(self, chain: Chain, bodies: list[bytes]) -> None:
+    def __init__(self, chain: Chain, bodies: list[bytes], note: TipNote) -> None:
         self._chain = chain
+        self._note = note
         self._lock = threading.RLock()
         self._header: _Header | None = None
         self._plans: dict[str, PlanRecord] = {}
@@ -61,11 +67,20 @@ class Ledger:
         """A new, empty ledger (file mode 0600) for the data set that people call ``dataset_name``.
 
         Raises:
-          LedgerError: the file exists, or its folder cannot be written to.
+          LedgerError: the file exists, or its folder cannot be written to, or it is missing beside the note of a ledger
+            that was charged.
         """
+        note = TipNote(_checked(path))
+        # The note first: who creates and charges this ledger meanwhile makes the file before the note.
+        if note.exists() and not os.path.lexists(path):
+            raise LedgerError(
+                f"{path} is missing, but {note.path} was written for it: a ledger that was charged is lost. Put it "
+                "back. If it is truly lost, what was spent is unknown and its data must count as spent; for other "
+                "data, create a ledger of another name."
+            )
         first = _encode("header", _Header(dataset_name=dataset_name, budget=budget).model_dump(mode="json"))
-        chain = Chain.create(_checked(path), first, timeout=timeout)
-        return cls(chain, chain.read())
+        chain = Chain.create(Path(path), first, timeout=timeout)
+        return cls(chain, chain.read(), note)
 
     @classmethod
     def open(
@@ -83,11 +98,16 @@ class Ledger:
           timeout: seconds to wait for another process that holds the lock.
 
         Raises:
-          LedgerError: missing, damaged, locked, of a newer version, or the ledger of another data set.
+          LedgerError: missing, damaged, locked, of a newer version, the ledger of another data set, or older than the
+            note beside it; or that note is damaged or cannot be read.
         """
-        chain, bodies = Chain.open(_checked(path), read_only=read_only, timeout=timeout)
+        note = TipNote(_checked(path))
+        noted = note.read()  # before the ledger, which others may charge meanwhile: what is noted is in it
+        chain, bodies = Chain.open(Path(path), read_only=read_only, timeout=timeout)
         try:
-            ledger = cls(chain, bodies)
+            ledger = cls(chain, bodies, note)
+            if noted is not None:
+                ledger._check_note(noted)
             if dataset_name is not None and dataset_name != ledger.dataset_name:
                 raise LedgerError(
                     f"{path} is the ledger of {ledger.dataset_name!r}, not of {dataset_name!r}. "
@@ -135,6 +155,8 @@ class Ledger:
           BudgetExceeded: the plan does not fit the budget, or all its planned steps are charged. Nothing was charged.
           LedgerError: the event is not the plan's, or the ledger cannot be trusted or written to. If the failure came
             while writing, the step may have been charged; no receipt exists, so nothing may be released.
+
+        The note beside the ledger follows the charge. Where it cannot be written, the receipt is given all the same.
         """
         if event != plan.event:
             raise LedgerError(
@@ -151,20 +173,20 @@ class Ledger:
                 nonlocal step, written
                 self._replay(unseen)
                 self._admit(plan)
+                self._note.prepare()  # what is wrong with it is said before the charge, never after
                 step = self._charged.get(plan.plan_id, 0) + 1
                 charge = _encode("charge", {"plan_id": plan.plan_id, "step": step})
                 written = [charge] if step > 1 else [_encode("plan", plan.model_dump(mode="json")), charge]
                 return written
 
-            sequence, tip = self._chain.append(decide)
+            sequence, tip = position = self._chain.append(decide)
+            self._note.write(position)
             self._replay(written)
         return Receipt(sequence=sequence, plan_id=plan.plan_id, step=step, digest=tip.hex())
 
     def plans(self) -> list[tuple[PlanRecord, int]]:
         """Every plan that made a charge, in order, with the number of its charges."""
-        with self._lock:
-            self._catch_up()
-            return [(plan, self._charged[plan.plan_id]) for plan in self._plans.values()]
+        return self.snapshot()[0]
 
     def find_plan(self, plan_id: str) -> tuple[PlanRecord, int] | None:
         """The plan with this id and the number of its charges, for resuming it; None if it never made a charge."""
@@ -175,18 +197,14 @@ class Ledger:
 
     def spent(self) -> Spent:
         """What the charges cost so far; see :class:`Spent` for what one plan and several plans mean."""
-        plans = self.plans()
-        planned = [epsilon_of(plan, plan.steps) for plan, _ in plans]
-        committed = _total(bound.upper for bound in planned)
-        now = [epsilon_of(plans[0][0], plans[0][1])] if len(plans) == 1 else planned
-        return Spent(
-            epsilon=_total(bound.upper for bound in now),
-            delta=_total(plan.delta for plan, _ in plans),
-            committed_epsilon=committed,
-            accountant="+".join(dict.fromkeys(bound.accountant for bound in now)) or "none",
-            steps_charged=sum(charged for _, charged in plans),
-            steps_planned=sum(plan.steps for plan, _ in plans),
-        )
+        return cost_of(self.plans())
+
+    def snapshot(self) -> tuple[list[tuple[PlanRecord, int]], int, str]:
+        """(plans with their charges, sequence and digest of the last entry), all of one moment."""
+        with self._lock:
+            self._catch_up()
+            plans = [(plan, self._charged[plan.plan_id]) for plan in self._plans.values()]
+            return plans, self._chain.position.sequence, self._chain.position.tip.hex()
 
     def entries(self) -> Iterator[tuple[int, bytes, str]]:
         """(sequence, body, digest in hex) of every entry, all verified before the first is given.
@@ -204,9 +222,8 @@ class Ledger:
 
     def anchor(self) -> tuple[int, str]:
         """(sequence, digest) of the last entry. Kept elsewhere, it shows later that no entry was taken away."""
-        with self._lock:
-            self._catch_up()
-            return self._chain.position.sequence, self._chain.position.tip.hex()
+        _, sequence, digest = self.snapshot()
+        return sequence, digest
 
     def check_anchor(self, sequence: int, digest: str) -> None:
         """Returns if the ledger holds the entry that :meth:`anchor` named earlier; else raises LedgerError."""
@@ -222,6 +239,7 @@ class Ledger:
     def close(self) -> None:
         """Closes the file."""
         self._chain.close()
+        self._note.close()
 
     def __enter__(self) -> Ledger:
         return self
@@ -230,13 +248,22 @@ class Ledger:
         self.close()
 
     def __del__(self) -> None:
-        if chain := getattr(self, "_chain", None):
-            chain.close()
+        for file in (getattr(self, "_chain", None), getattr(self, "_note", None)):
+            if file is not None:
+                file.close()
 
     @property
     def _known_header(self) -> _Header:
         assert self._header is not None  # the constructor refuses a ledger without one
         return self._header
+
+    def _check_note(self, noted: Position) -> None:
+        if self._chain.digest_of(noted.sequence) != noted.tip:
+            raise LedgerError(
+                f"{self.path} does not hold entry {noted.sequence} with digest {noted.tip.hex()[:12]}..., which "
+                f"{self._note.path} noted when it was charged: it is an older copy, or another ledger. Put the newest "
+                "ledger back. If it is truly lost, what was spent since is unknown and this data must count as spent."
+            )
 
     def _admit(self, plan: PlanRecord) -> None:
         known = self._plans.get(plan.plan_id)
@@ -344,6 +371,20 @@ def _total(numbers: Iterable[float]) -> float:
     Of epsilons that is off by less than one part in 10^15, and every bound was raised by more than that for rounding.
     """
     return float(_exact_sum(numbers))
+
+
+def cost_of(plans: list[tuple[PlanRecord, int]]) -> Spent:
+    """What ``plans``, each with the number of its charges, cost together."""
+    planned = [epsilon_of(plan, plan.steps) for plan, _ in plans]
+    now = [epsilon_of(plans[0][0], plans[0][1])] if len(plans) == 1 else planned
+    return Spent(
+        epsilon=_total(bound.upper for bound in now),
+        delta=_total(plan.delta for plan, _ in plans),
+        committed_epsilon=_total(bound.upper for bound in planned),
+        accountant="+".join(dict.fromkeys(bound.accountant for bound in now)) or "none",
+        steps_charged=sum(charged for _, charged in plans),
+        steps_planned=sum(plan.steps for plan, _ in plans),
+    )
 
 
 def epsilon_of(plan: PlanRecord, steps: int) -> Bound:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from .accountant import DESCRIPTIONS
 from .events import Event, Gaussian, Poisson, Relation, TruncatedPoisson
-from .ledger import Ledger, epsilon_of
+from .ledger import Ledger, cost_of, epsilon_of
 from .normal_form import Atom, normal_form
 from .records import Budget, PlanRecord
 from .rounding import round_up, round_up_text
@@ -22,11 +22,11 @@ _RELATIONS = {
     Relation.ZERO_OUT: "zero out one (the number of units is public)",
 }
 
-_NEVER_COVERED = (
+NEVER_COVERED = (
     "Not covered: choices made by looking at this data outside the ledger, such as a hyperparameter search or the "
     "choice of the architecture.",
-    "Not covered: noise is drawn in floating point; attacks on its low-order bits and on timing.",
-    "Not covered: what can be learnt from when a process stopped or failed (memory, crashes, timing).",
+    "Not covered: noise is drawn in floating point; attacks on its low-order bits.",
+    "Not covered: what can be learnt from timing, and from when a process stopped or failed (memory, crashes).",
 )
 
 
@@ -100,10 +100,11 @@ def statement(ledger: Ledger) -> Statement:
     Raises:
       LedgerError: the ledger cannot be trusted; there is no statement then.
     """
-    spent = ledger.spent()
-    plans = tuple(_plan_statement(plan, charged) for plan, charged in ledger.plans())
-    records = [plan for plan, _ in ledger.plans()]
-    sequence, digest = ledger.anchor()
+    # Of one moment: the anchor of a run that goes on must not be newer than the charges beside it.
+    charges, sequence, digest = ledger.snapshot()
+    spent = cost_of(charges)
+    plans = tuple(_plan_statement(plan, charged) for plan, charged in charges)
+    records = [plan for plan, _ in charges]
     doubts = list(dict.fromkeys(plan.certified_reason for plan in plans if not plan.certified))
     return Statement(
         dataset_name=ledger.dataset_name,
@@ -208,4 +209,4 @@ def _caveats(plan: PlanRecord, plans: int) -> list[str]:
         found.append(f"Noise generator: {generator}. The guarantee assumes that nobody can predict its output.")
     more = plan.facts.get("caveats")
     found += more if isinstance(more, list) else [str(more)] if more else []
-    return [*found, *_NEVER_COVERED]
+    return [*found, *NEVER_COVERED]

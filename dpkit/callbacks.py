@@ -14,8 +14,10 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import NamedTuple, Protocol, TextIO
 
+from dpkit.errors import RunFolderError
 from dpkit.run_folder import RunFolder
 
 Setting = str | int | float | bool | None
@@ -88,15 +90,21 @@ class MetricsFile(Callback):
         self._write({"step": record.step, "charged": record.charged, **values}, nonprivate=True)
 
     def on_end(self) -> None:
-        for file in self._files.values():
-            file.close()
-        self._files = {}
+        files, self._files = self._files, {}
+        for file in files.values():
+            with suppress(OSError):  # a line that a full disk did not take; what was written is there
+                file.close()
 
     def _write(self, line: Mapping[str, object], *, nonprivate: bool = False) -> None:
         if nonprivate not in self._files:
             names = ("nonprivate", "steps.jsonl") if nonprivate else ("metrics.jsonl",)
             self._files[nonprivate] = self._folder.append(*names)
-        self._files[nonprivate].write(json.dumps(_finite(line), allow_nan=False) + "\n")
+        try:
+            self._files[nonprivate].write(json.dumps(_finite(line), allow_nan=False) + "\n")
+        except OSError as error:
+            raise RunFolderError(
+                f"{self._folder.path}: the log of the run cannot be written ({error.strerror}). Free the disk."
+            ) from None
 
 
 def _finite(value: object) -> object:

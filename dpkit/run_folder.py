@@ -22,12 +22,13 @@ Not promised: protection from somebody who changes the folder's links while a pr
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import secrets
 import stat
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO, TextIO
 
 from filelock import FileLock, Timeout
 
@@ -36,6 +37,7 @@ from dpkit.errors import RunFolderError
 LARGEST_TEXT = 64 * 2**20
 """Bytes of a text file of a run that are read at most."""
 
+_BLOCK = 2**16
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 _TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.tmp")  # no valid name: never taken for a file of the run
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)  # Windows has none; the check of the entry remains
@@ -52,7 +54,7 @@ class RunFolder:
             possible = False
         if not possible:
             raise RunFolderError(f"{path!r} is not the name of a folder; give the run folder's path.")
-        if os.path.lexists(self.path) and not self.path.is_dir():
+        if os.path.lexists(self.path) and not os.path.isdir(self.path):  # noqa: PTH112
             raise RunFolderError(f"{self.path} is not a folder; give the run folder's path.")
 
     def __repr__(self) -> str:
@@ -72,13 +74,13 @@ class RunFolder:
                     "underscores, do not start with a dot and have no folders in them."
                 )
             path /= name
-            if path.is_symlink():
+            if os.path.islink(path):  # noqa: PTH114  # Path.is_symlink raises for names that are too long
                 raise RunFolderError(f"{path} is a symbolic link, which may lead out of the run folder; remove it.")
         return path
 
     def exists(self, *names: str) -> bool:
         """Whether there is such an entry."""
-        return self.entry(*names).exists()
+        return os.path.exists(self.entry(*names))  # noqa: PTH110
 
     def names(self, *names: str) -> list[str]:
         """Names of the entries of a subfolder, sorted; none if it does not exist. Temporary files are left out."""
@@ -145,7 +147,23 @@ class RunFolder:
         return path
 
     def append(self, *names: str) -> TextIO:
-        """An open text file, for logs: a line at a time, not synced, lost lines are no loss.
+        """An open log of lines: each is written as it comes, none is synced, and a lost one is no loss.
+
+        A last line that a killed process left unfinished is cut off.
+
+        Raises:
+          RunFolderError: it cannot be opened.
+        """
+        file = self.append_bytes(*names)
+        try:
+            _end_last_line(file)
+        except OSError as error:
+            file.close()
+            raise _failed(self.entry(*names), "written", error) from None
+        return io.TextIOWrapper(file, encoding="utf-8", line_buffering=True)
+
+    def append_bytes(self, *names: str) -> BinaryIO:
+        """An open file to whose end bytes are added; it goes on where it ended.
 
         Raises:
           RunFolderError: it cannot be opened.
@@ -153,10 +171,10 @@ class RunFolder:
         path = self.entry(*names)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND | _NO_FOLLOW, 0o600)
+            descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_APPEND | _NO_FOLLOW, 0o600)
         except OSError as error:
             raise _failed(path, "written", error) from None
-        return os.fdopen(descriptor, "a", encoding="utf-8", buffering=1)
+        return os.fdopen(descriptor, "a+b")
 
     def make(self, *names: str) -> Path:
         """The subfolder ``names`` (the folder itself without names), made if missing.
@@ -197,6 +215,11 @@ class RunFolder:
         except OSError as error:
             raise _failed(folder, "cleaned", error) from None
 
+    @property
+    def lock_file(self) -> str:
+        """Where the lock lies, whatever the folder is called from here."""
+        return os.path.realpath(self.path) + os.sep + ".lock"
+
     def lock(self) -> FileLock:
         """The lock of the one process that trains here, taken; it ends with the process, or with ``release()``.
 
@@ -204,7 +227,11 @@ class RunFolder:
           RunFolderError: another run holds it, or the folder cannot be written to.
         """
         self.make()
-        lock = FileLock(self.path / ".lock", mode=0o600)
+        if Path(self.lock_file).is_symlink():
+            raise RunFolderError(
+                f"{self.lock_file} is a symbolic link, which may lead out of the run folder; remove it."
+            )
+        lock = FileLock(self.lock_file, mode=0o600)
         try:
             lock.acquire(timeout=0)
         except Timeout:
@@ -215,6 +242,22 @@ class RunFolder:
         except (OSError, NotImplementedError) as error:
             raise _failed(self.path, "locked", error) from None
         return lock
+
+
+def _end_last_line(file: BinaryIO) -> None:
+    """Cuts what follows the last line break, looking for it in blocks from the end."""
+    end = position = file.seek(0, os.SEEK_END)
+    while position > 0:
+        start = max(0, position - _BLOCK)
+        file.seek(start)
+        found = file.read(position - start).rfind(b"\n")
+        if found >= 0:
+            position = start + found + 1
+            break
+        position = start
+    if position < end:
+        file.truncate(position)
+    file.seek(0, os.SEEK_END)
 
 
 def _sync_folder(path: Path) -> None:

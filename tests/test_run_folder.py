@@ -111,6 +111,17 @@ def test_large_files_and_what_is_no_file_are_refused(tmp_path: Path):
             run.read(name)
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("", ""), ("whole\n", "whole\n"), ("whole\ntorn", "whole\n"), ("torn", ""), ("a\n" + "b" * 200_000, "a\n")],
+)
+def test_a_torn_last_line_of_a_log_is_cut(tmp_path: Path, before: str, after: str):
+    (tmp_path / "log").write_text(before, encoding="utf-8")
+    with RunFolder(tmp_path).append("log") as log:
+        log.write("next\n")
+    assert (tmp_path / "log").read_text(encoding="utf-8") == after + "next\n"
+
+
 @pytest.mark.parametrize("path", ["a\0b", "\ud800", 7, None])
 def test_a_path_that_no_folder_can_have_is_refused(path: object):
     with pytest.raises(RunFolderError):

@@ -9,9 +9,11 @@ import typer
 from .demo import demo
 from .epsilon import epsilon
 from .init import init
+from .report import report
 from .statement import statement
-from .terminal import WRONG_INPUT, print_error, reported
+from .terminal import INTERRUPTED, WRONG_INPUT, print_error, reported
 from .train import train
+from .verify import verify
 
 # Newer releases of Typer carry click inside themselves, older ones use the installed one. BadParameter is public in
 # both, and its first base is the class of every usage error.
@@ -20,11 +22,12 @@ _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 app = typer.Typer(
     name="dpkit",
     help="Train with differential privacy, and say what was spent.",
-    epilog="Exit codes: 0 done, 1 wrong input or usage, 2 a budget is exceeded, 4 a ledger cannot be verified.",
+    epilog="Exit codes: 0 done, 1 wrong input or usage, 2 a budget is exceeded, 4 a ledger cannot be verified or a file "
+    "contradicts it, 130 and 143 stopped by a signal.",
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for _command in (demo, init, train, epsilon, statement):
+for _command in (demo, init, train, epsilon, statement, report, verify):
     app.command()(reported(_command))
 
 
@@ -40,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = app(args=None if arguments is None else list(arguments), prog_name="dpkit", standalone_mode=False)
     except typer.Abort:
         print_error("interrupted. What a ledger was charged stays charged.")
-        return 130
+        return INTERRUPTED
     except _UsageError as error:
         # Exit code 2 is Typer's for usage; here it means an exceeded budget.
         print_error(f"{getattr(error, 'format_message', error.__str__)()} `dpkit COMMAND --help` shows the usage.")

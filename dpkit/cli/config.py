@@ -18,8 +18,9 @@ from dpkit.errors import ConfigError
 EXAMPLE = """\
 # A training run of `dpkit train`. Keys that are not listed here are errors.
 
-dataset: digits          # digits (comes with scikit-learn) | mnist (needs --data-dir or DPKIT_DATA)
-model: mlp               # linear | mlp | tanh_cnn (mnist only)
+dataset: digits          # digits (comes with scikit-learn); from --data-dir or DPKIT_DATA: mnist | fashion | adult |
+                         # dutch | compas | sst2
+model: mlp               # linear | mlp | tanh_cnn (mnist and fashion) | bag_of_embeddings (sst2 and nothing else)
 output: runs/digits      # the run folder; a new one for every run
 private: true            # false: train without privacy, for comparison; results then go to OUTPUT/nonprivate
 
@@ -38,7 +39,12 @@ training:
   momentum: 0.0
   schedule: linear       # linear: the learning rate falls to zero | constant
   # max_physical_batch_size: 64   # cut batches to save memory
+  # checkpoint_every: 100  # steps from one checkpoint to the next; left out: one an epoch
   # seed: 0              # repeatable initial weights; the noise stays fresh
+
+# Besides OUTPUT/metrics.jsonl: OUTPUT/tensorboard, and OUTPUT/mlflow.db or the server in MLFLOW_TRACKING_URI. Needs
+# the extra `log`.
+# logging: [tensorboard, mlflow]
 """
 
 
@@ -97,25 +103,29 @@ class Training(_Section):
     momentum: Annotated[float, BeforeValidator(_no_bool), Field(ge=0, lt=1)] = 0.0
     schedule: Literal["constant", "linear"] = "constant"
     max_physical_batch_size: Count | None = None
+    checkpoint_every: Count | None = None
     seed: Seed | None = None
 
 
 class Config(_Section):
     """One run of ``dpkit train``. Without ``private`` the privacy section is not needed and not used."""
 
-    dataset: Literal["digits", "mnist"]
-    model: Literal["linear", "mlp", "tanh_cnn"]
+    dataset: Literal["digits", "mnist", "fashion", "adult", "dutch", "compas", "sst2"]
+    model: Literal["linear", "mlp", "tanh_cnn", "bag_of_embeddings"]
     output: Annotated[Path, AfterValidator(_a_file_name)]
     training: Training
     privacy: Privacy | None = None
     private: bool = True
+    logging: tuple[Literal["tensorboard", "mlflow"], ...] = ()
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.private and self.privacy is None:
             raise ValueError("the section `privacy` is missing; add it, or say `private: false`")
-        if self.model == "tanh_cnn" and self.dataset != "mnist":
-            raise ValueError("model tanh_cnn takes images of 28x28; use dataset mnist, or model mlp")
+        if self.model == "tanh_cnn" and self.dataset not in {"mnist", "fashion"}:
+            raise ValueError("model tanh_cnn takes images of 28x28; use dataset mnist or fashion, or another model")
+        if (self.model == "bag_of_embeddings") != (self.dataset == "sst2"):
+            raise ValueError("dataset sst2 is text, and model bag_of_embeddings takes text alone; use them together")
         return self
 
 
@@ -126,10 +136,19 @@ def read(path: Path) -> Config:
       ConfigError: the file cannot be read, is not YAML, repeats a key, or holds unknown keys or wrong values.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:  # no text, or a path that no file can have
+        content = path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a path that no file can have
         raise ConfigError(f"{path} cannot be read ({error}); `dpkit init {path}` writes an example.") from None
-    return parse(text, source=str(path))
+    return decode(content, source=str(path))
+
+
+def decode(content: bytes, *, source: str) -> Config:
+    """The configuration that the YAML bytes ``content`` hold; ``source`` is how errors call them."""
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{source} cannot be read ({error}); `dpkit init` writes an example.") from None
+    return parse(text, source=source)
 
 
 def parse(text: str, *, source: str) -> Config:

@@ -14,8 +14,9 @@ import typer
 from rich.table import Table
 
 from accounting import round_up_text
+from dpkit import datasets, report
+from dpkit.run_folder import RunFolder
 
-from . import datasets
 from .config import Config, Privacy, Training
 from .progress import training_bar
 from .terminal import Debug, Json, err, out, print_json
@@ -66,8 +67,8 @@ def demo(
             training=PLAIN_TRAINING.model_copy(update=weights),
             private=False,
         )
-        with training_bar(f"without privacy{suffix}", None, None) as moved:
-            plain.append(train(config, data, moved))
+        with training_bar(f"without privacy{suffix}", None) as bar:
+            plain.append(train(config, data, bar))
         config = Config(
             dataset="digits",
             model="mlp",
@@ -75,11 +76,12 @@ def demo(
             training=PRIVATE_TRAINING.model_copy(update=weights),
             privacy=privacy,
         )
-        with training_bar(f"with privacy   {suffix}", epsilon, delta) as moved:
-            private.append(train(config, data, moved))
+        with training_bar(f"with privacy   {suffix}", epsilon) as bar:
+            private.append(train(config, data, bar))
 
     statement = private[-1].statement
     assert statement is not None  # a private run has one
+    page = report.write_report(RunFolder(config.output)).report
     if json_output:
         print_json(
             {
@@ -87,6 +89,7 @@ def demo(
                 "private": _summary(private),
                 "statement": statement.model_dump(mode="json"),
                 "folder": str(folder),
+                "report": str(page),
             }
         )
         return
@@ -95,6 +98,7 @@ def demo(
         out.print("Each run has its own epsilon; on private data the epsilons of all runs would add up.")
     typer.echo(str(statement))
     out.print(f"run folders: {folder}", markup=False, soft_wrap=True)
+    out.print(f"report: {page}", markup=False, soft_wrap=True)
 
 
 def _fresh_folder(parent: Path) -> Path:

@@ -1,21 +1,24 @@
 """The training loop behind ``dpkit train`` and ``dpkit demo``: one loop with privacy, one without, one result.
 
-What it returns and shows is public or released: step counts, epsilon, the accuracy of the released model on a public
-test set. Losses and batch counts are not; they go to ``RUN/nonprivate/`` and nowhere else. A run without privacy is
+What it returns and shows is public or released: step counts, epsilon, the accuracy of the released model on test data.
+Losses, batch counts and times are not; they go to ``RUN/nonprivate/`` and nowhere else. A run without privacy is
 non-private as a whole: its model and its result go there, too.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, TextIO
+from pathlib import Path
+from typing import Any
 
+import safetensors.torch
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import SGD
@@ -23,17 +26,20 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, TensorDataset
 
 import dpkit
-from accounting import Statement, round_up
+from accounting import Statement
+from dpkit import report
+from dpkit.callbacks import Callback, MetricsFile
+from dpkit.datasets import Split
 from dpkit.errors import ConfigError
+from dpkit.run_folder import RunFolder
 
 from . import config as configs
 from . import models
 from .config import Config
-from .datasets import Split
 from .epsilon import Answer, from_ledger
+from .progress import TrainingBar
 
-Progress = Callable[[int, int, float | None], None]
-"""Called with (steps taken, steps planned, epsilon so far or None)."""
+_CHECKPOINTS_KEPT = 2
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,8 @@ class Result:
     """What a run gave. Without privacy there is neither a statement nor an answer, and nothing here is private.
 
     Attributes:
-      test_accuracy: share of the public test set that the trained model gets right.
+      test_accuracy: share of the test set that the trained model gets right.
+      steps: logical steps behind the model; a run that was killed and resumed was charged for more.
       seconds: training alone.
       statement, answer: what the ledger says, for people and for programs.
     """
@@ -62,22 +69,29 @@ class Result:
         }
         if self.statement is None or self.answer is None:
             return found
-        return found | asdict(self.answer) | {"certified": self.statement.certified}
+        paid = {"steps": self.steps, "steps_charged": self.answer.steps, "certified": self.statement.certified}
+        return found | asdict(self.answer) | paid
 
 
-def train(config: Config, data: Split, on_step: Progress) -> Result:
+def train(config: Config, data: Split, bar: TrainingBar, *, resume: bool = False) -> Result:
     """Train as ``config`` says and write the run folder ``config.output``.
 
-    Writes config.yaml; with privacy also ledger.sqlite, model.safetensors, result.json and PRIVACY.md, and non-private
-    step logs under nonprivate/; without privacy, everything else goes under nonprivate/.
+    Writes config.yaml; with privacy also ledger.sqlite, checkpoints/, metrics.jsonl, model.safetensors, result.json and
+    PRIVACY.md, and non-private step logs under nonprivate/; without privacy, everything else goes under nonprivate/.
 
+    Args:
+      resume: go on from the newest checkpoint in the run folder.
     Raises:
-      ConfigError: the run folder has been used.
+      ConfigError: the run folder has been used, and the run is not resumed.
+      dpkit.errors.CheckpointError, dpkit.errors.RunFolderError: the run cannot be resumed, or written.
       dpkit.errors.Refused, accounting.AccountingError: as :meth:`dpkit.PrivacyEngine.make_private`.
     """
-    run = config.output
-    if run.exists() and (not run.is_dir() or any(run.iterdir())):
-        raise ConfigError(f"the run folder {run} has been used; give another `output`, since its ledger belongs to it.")
+    run = RunFolder(config.output)
+    if not resume and run.path.exists() and any(run.path.iterdir()):
+        raise ConfigError(
+            f"the run folder {run.path} has been used; give another `output`, since its ledger belongs to it, or go on "
+            f"with `dpkit train --resume {run.path}` if it was stopped."
+        )
     if config.training.seed is None:
         torch.seed()  # torch starts every process from the same seed, and runs should differ
     else:
@@ -88,24 +102,43 @@ def train(config: Config, data: Split, on_step: Progress) -> Result:
     settings = config.training
     optimizer = SGD(model.parameters(), lr=settings.learning_rate, momentum=settings.momentum)
 
+    def evaluate() -> float:
+        return _accuracy(model, data)
+
     begun = time.perf_counter()
     statement = answer = None
     with _threads_for(data):
         if config.private:
-            steps, statement = _private(config, model, optimizer, loader, on_step)
+            steps, statement = _private(config, run, model, optimizer, loader, evaluate, bar, resume)
         else:
-            steps = _plain(config, model, optimizer, loader, on_step)
-    seconds = time.perf_counter() - begun
+            steps = _plain(config, run, model, optimizer, loader, bar)
+        seconds = time.perf_counter() - begun
+        accuracy = evaluate()
     if config.private:
-        answer = from_ledger(run)
-
-    result = Result(_accuracy(model, data), steps, seconds, statement, answer)
-    shareable = run / "nonprivate" if statement is None else run
-    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, shareable / "model.safetensors")
-    (shareable / "result.json").write_text(json.dumps(result.to_json(), indent=2) + "\n", encoding="utf-8")
-    if statement is not None:
-        (run / "PRIVACY.md").write_text(f"# Privacy statement\n\n```\n{statement}\n```\n", encoding="utf-8")
+        answer = from_ledger(run.path)
+    result = Result(accuracy, steps, seconds, statement, answer)
+    _write_results(run, model, result)
     return result
+
+
+def _write_results(run: RunFolder, model: nn.Module, result: Result) -> None:
+    """The model, the result and, with privacy, the statement: to the run folder, or to its non-private part."""
+    shareable = () if result.statement is not None else ("nonprivate",)
+    weights = {name: value.contiguous() for name, value in model.state_dict().items()}
+    data = safetensors.torch.save(weights)
+    run.write(*shareable, "model.safetensors", data=data)
+    found = result.to_json() | {"model_sha256": hashlib.sha256(data).hexdigest()}
+    if result.statement is not None:
+        # How long a batch takes tells how large it was, so times stay out of what is shared.
+        run.write("nonprivate", "times.json", data=json.dumps({"seconds": found.pop("seconds")}) + "\n")
+        del found["source"]  # where the folder lay on this machine
+        found |= {
+            "anchor_sequence": result.statement.anchor_sequence,
+            "anchor_digest": result.statement.anchor_digest,
+        }
+    run.write(*shareable, "result.json", data=json.dumps(found, indent=2) + "\n")
+    if result.statement is not None:
+        run.write("PRIVACY.md", data=report.privacy_md(run))
 
 
 @contextmanager
@@ -121,11 +154,20 @@ def _threads_for(data: Split) -> Iterator[None]:
 
 
 def _private(
-    config: Config, model: nn.Module, optimizer: SGD, loader: DataLoader[Any], on_step: Progress
+    config: Config,
+    run: RunFolder,
+    model: nn.Module,
+    optimizer: SGD,
+    loader: DataLoader[Any],
+    evaluate: Callable[[], float],
+    bar: TrainingBar,
+    resume: bool,
 ) -> tuple[int, Statement]:
     privacy = config.privacy
     assert privacy is not None  # Config saw to it
-    engine = dpkit.PrivacyEngine(config.output, dataset_name=config.dataset, seed=privacy.noise_seed)
+    callbacks = [bar, MetricsFile(run, nonprivate=True), *_loggers(config, run)]
+    start = dpkit.PrivacyEngine.resume if resume else dpkit.PrivacyEngine
+    engine = start(run.path, dataset_name=config.dataset, seed=privacy.noise_seed, callbacks=callbacks)
     model, optimizer, batches = engine.make_private(
         model,
         optimizer,
@@ -138,51 +180,94 @@ def _private(
         max_grad_norm=privacy.max_grad_norm,
         max_physical_batch_size=config.training.max_physical_batch_size,
     )
+    if not resume:
+        _keep_config(config, run)
     planned = engine.plan.steps
     schedule = _schedule(optimizer, config, planned)
-    on_step(0, planned, 0.0)
-    with _begin(config) as log:
-        while (begun := engine.steps_taken) < planned:
-            for images, labels in batches:
-                optimizer.zero_grad()
-                losses = F.cross_entropy(model(images), labels, reduction="none")
-                engine.backward(losses)
-                optimizer.step()
-                if engine.steps_taken == begun:
-                    continue  # a microbatch: the logical batch is not released yet
+    bar.moved(engine.steps_taken, engine.steps_taken + engine.steps_left)
+    every = config.training.checkpoint_every or -(-planned // config.training.epochs)
+    try:
+        with engine.autosave(every=every, keep=_CHECKPOINTS_KEPT, scheduler=schedule, config=_Settings(config)):
+            while engine.steps_left:
                 begun = engine.steps_taken
-                schedule.step()
-                on_step(begun, planned, round_up(engine.epsilon().upper))
-                record = {"step": begun, "mean_loss": losses.detach().mean().item(), **asdict(engine.nonprivate)}
-                log.write(json.dumps(record) + "\n")
-    return engine.steps_taken, engine.statement()
+                for inputs, labels in batches:
+                    optimizer.zero_grad()
+                    engine.backward(F.cross_entropy(model(inputs), labels, reduction="none"))
+                    optimizer.step()
+                    if engine.steps_taken > begun:  # not a microbatch before the last one, which releases
+                        begun = engine.steps_taken
+                        schedule.step()
+                engine.log(test_accuracy=evaluate())
+        return engine.steps_taken, engine.statement()
+    finally:
+        engine.detach()
 
 
-def _plain(config: Config, model: nn.Module, optimizer: SGD, loader: DataLoader[Any], on_step: Progress) -> int:
+class _Settings:
+    """The configuration as a state: what a run was begun with is what it goes on with."""
+
+    def __init__(self, config: Config) -> None:
+        # How often a run is saved and who is told may change; where it lies is not up to the file.
+        training = config.training.model_copy(update={"checkpoint_every": None})
+        self._text = configs.dump(config.model_copy(update={"training": training, "logging": (), "output": Path()}))
+
+    def state_dict(self) -> dict[str, str]:
+        return {"yaml": self._text}
+
+    def load_state_dict(self, state: dict[str, str]) -> None:
+        """
+        Raises:
+          ConfigError: a setting was changed since the run was begun.
+        """
+        changed = sorted(set(self._text.splitlines()) ^ set(state["yaml"].splitlines()))
+        if changed:
+            raise ConfigError(
+                f"config.yaml was changed since the run was begun ({'; '.join(line.strip() for line in changed)}); put "
+                "it back, or start a new run."
+            )
+
+
+def _loggers(config: Config, run: RunFolder) -> list[Callback]:
+    """The callbacks that the configuration asks for by name."""
+    found: list[Callback] = []
+    if "tensorboard" in config.logging:
+        from dpkit.integrations.tensorboard import TensorBoard
+
+        found.append(TensorBoard(run))
+    if "mlflow" in config.logging:
+        from dpkit.integrations.mlflow import MLflow
+
+        # Left to itself, MLflow would write into the folder from which the command was started.
+        here = f"sqlite:///{(run.path / 'mlflow.db').absolute()}"
+        found.append(MLflow("dpkit", tracking_uri=os.environ.get("MLFLOW_TRACKING_URI") or here))
+    return found
+
+
+def _plain(
+    config: Config, run: RunFolder, model: nn.Module, optimizer: SGD, loader: DataLoader[Any], bar: TrainingBar
+) -> int:
     planned = config.training.epochs * len(loader)
     schedule = _schedule(optimizer, config, planned)
     step = 0
-    on_step(step, planned, None)
-    with _begin(config) as log:
+    bar.moved(step, planned)
+    _keep_config(config, run)
+    with run.append("nonprivate", "steps.jsonl") as log:
         for _ in range(config.training.epochs):
-            for images, labels in loader:
+            for inputs, labels in loader:
                 optimizer.zero_grad()
-                loss = F.cross_entropy(model(images), labels)
+                loss = F.cross_entropy(model(inputs), labels)
                 loss.backward()
                 optimizer.step()
                 schedule.step()
                 step += 1
-                on_step(step, planned, None)
+                bar.moved(step, planned)
                 log.write(json.dumps({"step": step, "mean_loss": loss.item()}) + "\n")
     return step
 
 
-def _begin(config: Config) -> TextIO:
-    """Make the run folder, once nothing can be refused any more; returns the log of what is not private."""
-    nonprivate = config.output / "nonprivate"
-    nonprivate.mkdir(parents=True, exist_ok=True)
-    (config.output / "config.yaml").write_text(configs.dump(config), encoding="utf-8")
-    return (nonprivate / "steps.jsonl").open("w", encoding="utf-8")
+def _keep_config(config: Config, run: RunFolder) -> None:
+    """Begin the run folder, once nothing can be refused any more."""
+    run.write("config.yaml", data=configs.dump(config))
 
 
 def _schedule(optimizer: SGD, config: Config, planned: int) -> LambdaLR:
@@ -193,12 +278,14 @@ def _schedule(optimizer: SGD, config: Config, planned: int) -> LambdaLR:
 
 
 def _accuracy(model: nn.Module, data: Split) -> float:
-    """Share of the public test set that the model gets right."""
+    """Share of the test set that the model gets right; the test set is no part of what the guarantee protects."""
+    training = model.training
     model.eval()
     right = 0
     with torch.no_grad():
         for start in range(0, len(data.test_x), 1000):
-            images = torch.from_numpy(data.test_x[start : start + 1000])
+            inputs = torch.from_numpy(data.test_x[start : start + 1000])
             labels = torch.from_numpy(data.test_y[start : start + 1000])
-            right += int((model(images).argmax(1) == labels).sum())
+            right += int((model(inputs).argmax(1) == labels).sum())
+    model.train(training)
     return right / len(data.test_x)

@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from accounting import round_up, round_up_text
+from dpkit.callbacks import Callback, StepRecord
 
 from .terminal import err
 
 
+class TrainingBar(Callback):
+    """A bar of steps; made by :func:`training_bar`."""
+
+    def __init__(self, progress: Progress, task: TaskID, target_epsilon: float | None) -> None:
+        self._progress = progress
+        self._task = task
+        self._limit = "" if target_epsilon is None else f" of {target_epsilon}"
+
+    def moved(self, step: int, planned: int, spent: str = "") -> None:
+        """The run is after ``step`` of ``planned`` steps."""
+        self._progress.update(self._task, completed=step, total=planned, spent=spent)
+
+    def on_step(self, record: StepRecord) -> None:
+        spent = f"epsilon {round_up(record.epsilon, 3):.3f}{self._limit} (delta {round_up_text(record.delta)})"
+        # Steps that are redone after a crash were paid before, so the run ends that much earlier.
+        self.moved(record.step, record.planned - (record.charged - record.step), spent)
+
+
 @contextmanager
-def training_bar(
-    title: str, target_epsilon: float | None, delta: float | None
-) -> Iterator[Callable[[int, int, float | None], None]]:
-    """A bar on stderr, moved by calling what this yields with (steps, planned steps, epsilon or None)."""
+def training_bar(title: str, target_epsilon: float | None) -> Iterator[TrainingBar]:
+    """A bar on stderr, as a callback for the engine."""
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -25,13 +42,4 @@ def training_bar(
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=err) as progress:
-        task = progress.add_task(title, total=None, spent="")
-
-        def moved(steps: int, planned: int, epsilon: float | None) -> None:
-            spent = ""
-            if epsilon is not None and delta is not None:
-                limit = "" if target_epsilon is None else f" of {target_epsilon}"
-                spent = f"epsilon {round_up(epsilon, 3):.3f}{limit} (delta {round_up_text(delta)})"
-            progress.update(task, completed=steps, total=planned, spent=spent)
-
-        yield moved
+        yield TrainingBar(progress, progress.add_task(title, total=None, spent=""), target_epsilon)

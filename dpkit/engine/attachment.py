@@ -8,16 +8,16 @@ only there, the run can be saved.
 from __future__ import annotations
 
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
 import torch
+from filelock import FileLock
 from torch import Tensor, nn
 
 from accounting import Ledger, PlanRecord, round_up
-from dpkit.callbacks import Callback, StepRecord
+from dpkit.callbacks import Callback, Setting, StepRecord
 from dpkit.errors import (
     CheckpointError,
     CrossExample,
@@ -32,6 +32,7 @@ from dpkit.mechanisms import RunKey
 
 from .batch import structure
 from .checkpoint import Checkpoint
+from .contents import ModelContents, optimizer_layout, same_bits
 from .guards import (
     refuse_batch_statistics,
     refuse_foreign_leaves,
@@ -70,9 +71,8 @@ class Attachment:
       record: the plan as the ledger keeps it.
       run_key: secret of the run.
       microbatches: public upper bound of the microbatches of a logical batch.
-      charged: steps of this plan that the ledger has charged already: those of the run that is resumed.
       callbacks: who is told what happens.
-      let_go: called when the attachment ends.
+      lock: of the run folder, held; given back when the attachment ends.
     """
 
     def __init__(
@@ -86,23 +86,23 @@ class Attachment:
         record: PlanRecord,
         run_key: RunKey,
         microbatches: int,
-        charged: int,
         callbacks: Iterable[Callback],
-        let_go: Callable[[], None],
+        lock: FileLock,
     ) -> None:
         self.plan = plan
         self.capture: Capture | None = None
         self.batches: PrivateLoader | None = None
         self.steps_taken = 0
         self.steps_into_pass = 0
-        self.charged = charged
         self.nonprivate = BatchDiagnostics()
         self.between_steps: Callable[[], None] | None = None
         self.unrestored: frozenset[str] = frozenset()
         """States of a checkpoint that the user's objects have not taken over yet."""
+        self.lock: FileLock | None = lock
         self._callbacks = tuple(callbacks)
-        self._let_go: Callable[[], None] | None = let_go
+        self._ended = False
         self._resumed_into_pass = 0
+        self._pass: object = None
         self._model = weakref.ref(model)
         self._optimizer = weakref.ref(optimizer)
         self._parameters = parameters
@@ -123,17 +123,14 @@ class Attachment:
         self._went_through = False  # the batch in hand, through the model in a way that was probed
         self._versions: dict[int, int] | None = None
         self._handles: list[Any] = []
+        self._contents = ModelContents(model, parameters)
+        if (earlier := _ATTACHMENTS.get(model)) is not None:
+            earlier.detach()  # last of all that can fail: until here, the earlier one guards the model
         _ATTACHMENTS[model] = self
         self._watch(optimizer)
 
     def detach(self) -> None:
         """Leave model and optimizer as they were; this attachment takes no further step."""
-        self._failed = True
-        if self._let_go is not None:
-            let_go, self._let_go = self._let_go, None
-            let_go()
-            for callback in self._callbacks:
-                callback.on_end()
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -141,10 +138,21 @@ class Attachment:
             self.capture.detach()
         if (model := self._model()) is not None and _ATTACHMENTS.get(model) is self:
             del _ATTACHMENTS[model]
+        self.end()
+
+    def end(self) -> None:
+        """Take no further step, and give the run folder back. The hooks stay: they refuse what is not private."""
+        self._failed = True
+        if self.lock is not None:
+            self.lock.release()
+        if not self._ended:
+            self._ended = True
+            for callback in self._callbacks:
+                callback.on_end()
 
     # -- the order of events ------------------------------------------------------------------------------------------
 
-    def begin_pass(self, steps_per_pass: int) -> int:
+    def begin_pass(self, mark: object, steps_per_pass: int) -> int:
         """Public number of logical steps of the pass that begins: no more than the plan has left."""
         if self._sum is not None and not self._failed:
             raise OutOfOrder(
@@ -155,8 +163,19 @@ class Attachment:
             self._failed = True  # a backward pass had begun and died: this is no batch that was only looked at
         self._forget()
         # A resumed run first ends the pass that was interrupted: what happens once a pass happens as often as ever.
-        self.steps_into_pass, self._resumed_into_pass = self._resumed_into_pass % steps_per_pass, 0
-        return min(steps_per_pass - self.steps_into_pass, self.steps_left)
+        self._pass, self.steps_into_pass, self._resumed_into_pass = mark, self._resumed_into_pass, 0
+        return max(0, min(steps_per_pass - self.steps_into_pass, self.steps_left))
+
+    def end_pass(self, mark: object) -> None:
+        """The pass ended, or the loop was left: the next one begins anew."""
+        if mark is self._pass:
+            self.steps_into_pass = 0
+
+    @property
+    def charged(self) -> int:
+        """Steps of this plan that were charged, as the ledger has them: nobody else counts."""
+        found = self._ledger.find_plan(self.record.plan_id)
+        return 0 if found is None else found[1]
 
     @property
     def steps_left(self) -> int:
@@ -221,17 +240,11 @@ class Attachment:
             raise OutOfOrder("there is nothing to release.")
         clipped, self._sum = self._sum, None
         self.nonprivate = clipped.diagnostics
-        released = release(
-            clipped.result(),
-            self.plan,
-            self._state,
-            ledger=self._ledger,
-            record=self.record,
-            run_key=self._run_key,
-        )
+        # Charge before release: a crash between these two lines over-counts, never under-counts.
+        receipt = self._ledger.charge(self.record, self.plan.event)
+        released = release(clipped.result(), self.plan, self._state, receipt, self._run_key)
         self.steps_taken += 1
         self.steps_into_pass += 1
-        self.charged += 1
         self._unused = True
         self._versions = None  # released inside a step, by a closure: the step may move
         for name, parameter in self._parameters.items():
@@ -253,15 +266,30 @@ class Attachment:
 
     # -- callbacks ----------------------------------------------------------------------------------------------------
 
+    def begin(self, dataset_name: str) -> None:
+        """Tell the callbacks the public settings of the run."""
+        plan, facts = self.plan, self.record.facts
+        settings: dict[str, Setting] = {name: fact for name, fact in facts.items() if not isinstance(fact, list)}
+        settings |= {
+            "dataset_name": dataset_name,
+            "steps": plan.steps,
+            "num_examples": plan.num_examples,
+            "delta": plan.delta,
+            "unit": plan.unit,
+            "relation": plan.relation.value,
+        }
+        for callback in self._callbacks:
+            callback.on_begin(settings)
+
     def step_record(self) -> StepRecord:
         """Where the run stands: public."""
         optimizer = self._optimizer()
         rate = None if optimizer is None else optimizer.param_groups[0].get("lr")
         return StepRecord(
             step=self.steps_taken,
-            charged=self.charged,
+            charged=(charged := self.charged),
             planned=self.plan.steps,
-            epsilon=round_up(self.plan.epsilon(self.charged).upper),
+            epsilon=round_up(self.plan.epsilon(charged).upper),
             delta=self.plan.delta,
             learning_rate=None if rate is None else float(rate),
         )
@@ -286,6 +314,7 @@ class Attachment:
 
         Raises:
           OutOfOrder: in the middle of a logical batch, or when the optimizer has not used the last release.
+          CheckpointError: the model holds something that may have been written from private data, or has diverged.
         """
         if self._failed or self._draw is not None or self._sum is not None:
             raise OutOfOrder(
@@ -293,9 +322,10 @@ class Attachment:
                 "after optimizer.step() (and before the next batch is drawn), or use engine.autosave."
             )
         self._refuse_unused_release("what was paid for it would be lost when the run is resumed")
+        model, optimizer = self._require_model(), self._require_optimizer()
         return {
-            "model": self._require_model().state_dict(),
-            "optimizer": self._require_optimizer().state_dict(),
+            "model": self._contents.of(model),
+            "optimizer": {"layout": optimizer_layout(optimizer, model), "state": optimizer.state_dict()},
             "rule": self._state.rule,
             "filters": self._state.filters,
         }
@@ -306,42 +336,29 @@ class Attachment:
         Raises:
           CheckpointError: it is of another model or optimizer, or holds parameters from which nothing can be learnt.
         """
-        model = self._require_model()
         if self.plan.mechanism.init(dict(self._parameters)) != ():
             raise CheckpointError(
                 f"{self.plan.mechanism} remembers noise from step to step, which no checkpoint may hold; a run with it "
                 "cannot be resumed. Start a new one."
             )
-        current = model.state_dict()
-        saved = checkpoint.state("model", like=dict(current))
-        if not isinstance(saved, dict) or saved.keys() != current.keys():
-            different = sorted(current.keys() ^ saved.keys()) if isinstance(saved, dict) else []
-            raise CheckpointError(
-                f"the checkpoint {checkpoint.name} is of another model: only one of the two has "
-                f"{', '.join(map(repr, different[:5])) or 'parameters'}. Build the model as in the run that saved it."
-            )
-        for name in self._parameters:
-            if name in saved and not (isinstance(saved[name], Tensor) and bool(saved[name].isfinite().all())):
-                raise CheckpointError(
-                    f"parameter {name!r} in the checkpoint {checkpoint.name} is not finite: training had diverged. "
-                    "Resume from an earlier one (checkpoint=...)."
-                )
-        checkpoint.load("optimizer", self._load_optimizer)
-        checkpoint.load("model", lambda _: model.load_state_dict(_with_versions(saved, current)))
+        model = self._require_model()
+        load_model = self._contents.loading(model, checkpoint)
+        self.resume_optimizer(checkpoint)
+        load_model()
         self._state.rule = checkpoint.state("rule", like=self._state.rule)
         self._state.filters = checkpoint.state("filters", like=self._state.filters)
         self.steps_taken = checkpoint.manifest.steps_taken
         self._resumed_into_pass = checkpoint.manifest.steps_into_pass
 
-    def _load_optimizer(self, state: Any) -> None:
+    def resume_optimizer(self, checkpoint: Checkpoint) -> None:
+        """Give the optimizer its state back.
+
+        Raises:
+          CheckpointError: it is another optimizer, or does not take its state.
+        """
         optimizer = self._require_optimizer()
-        optimizer.load_state_dict(state)
-        now = optimizer.state_dict()["state"]
-        for index, values in state["state"].items():
-            for name, value in values.items():
-                # load_state_dict casts to the parameter's type, which may be shorter than what the optimizer kept.
-                if isinstance(value, Tensor) and not _same_bits(value, now[index][name]):
-                    raise ValueError(f"{type(optimizer).__name__} does not take its own {name!r} back exactly")
+        layout = optimizer_layout(optimizer, self._require_model())
+        checkpoint.load("optimizer", lambda saved: _load_optimizer(optimizer, layout, saved))
 
     # -- the user's loop ----------------------------------------------------------------------------------------------
 
@@ -411,7 +428,7 @@ class Attachment:
     def _refuse_unused_release(self, loss: str) -> None:
         """A release that was never stepped with is about to be lost; ``loss`` says how."""
         kept = [p.grad for p in self._parameters.values() if p.grad is not None]
-        if self._unused and self._written and kept and bool(kept[0].any()):
+        if self._unused and self._written and any(bool(gradient.any()) for gradient in kept):
             raise OutOfOrder(
                 "the gradient released before was not used: no optimizer.step() and no zero_grad() came after it, and "
                 f"{loss}. dpkit does not accumulate over logical batches; a larger batch_size with "
@@ -490,11 +507,11 @@ class Attachment:
                         "in place (clip_grad_norm_ does), and let nothing else assign p.grad."
                     )
         # Between releases there are no gradients, and a step must not move anything.
-        self._unused = self._unused and not moving
         self._versions = None if moving else {id(p): p._version for p in self._parameters.values()}
 
     def _check_still(self, optimizer: torch.optim.Optimizer) -> None:
         if self._versions is None:
+            self._unused = False  # only now: a step that was interrupted has not used the release
             return
         moved = [name for name, p in self._parameters.items() if self._versions[id(p)] != p._version]
         self._versions = None
@@ -530,20 +547,18 @@ class Attachment:
         return optimizer
 
 
-def detach_earlier(model: nn.Module) -> None:
-    """End an earlier engine's attachment to ``model``, if there is one."""
-    if (earlier := _ATTACHMENTS.get(model)) is not None:
-        earlier.detach()
+def attached_to(model: nn.Module) -> Attachment | None:
+    """The attachment that guards ``model``, if there is one."""
+    return _ATTACHMENTS.get(model)
 
 
-def _with_versions(saved: Mapping[str, Any], current: Mapping[str, Any]) -> OrderedDict[str, Any]:
-    """``saved`` with the version numbers of modules, by which torch tells state dictionaries of its older releases."""
-    state = OrderedDict(saved)
-    state._metadata = getattr(current, "_metadata", {})  # pyright: ignore[reportAttributeAccessIssue]
-    return state
-
-
-def _same_bits(one: Tensor, other: Any) -> bool:
-    if not isinstance(other, Tensor) or (one.dtype, one.shape) != (other.dtype, other.shape):
-        return False
-    return torch.equal(one.reshape(-1).view(torch.uint8), other.cpu().contiguous().reshape(-1).view(torch.uint8))
+def _load_optimizer(optimizer: torch.optim.Optimizer, layout: dict[str, Any], saved: dict[str, Any]) -> None:
+    if saved["layout"] != layout:
+        raise ValueError(f"it was of {saved['layout']}, and this one is {layout}")
+    optimizer.load_state_dict(saved["state"])
+    now = optimizer.state_dict()["state"]
+    for index, values in saved["state"]["state"].items():
+        for name, value in values.items():
+            # load_state_dict casts to the parameter's type, which may be shorter than what the optimizer kept.
+            if isinstance(value, Tensor) and not same_bits(value, now[index][name]):
+                raise ValueError(f"{type(optimizer).__name__} does not take its own {name!r} back exactly")

@@ -68,8 +68,8 @@ class Autosave:
                 self._write()
         finally:
             self._give_signals_back()
-        if kind is None:
-            self._stop_if_asked()
+        if kind is None or issubclass(kind, Exception):
+            self._stop_if_asked()  # an error on the way must not swallow the signal
 
     def _between_steps(self) -> None:
         if self._signal is not None or self._steps_taken() - self._saved_at >= self._every:

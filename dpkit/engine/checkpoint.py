@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from accounting import AccountingError, PlanRecord
-from dpkit.errors import CheckpointError
+from dpkit.errors import CheckpointError, RunFolderError
 from dpkit.run_folder import RunFolder
 
 from .packing import Packed, pack, unpack
@@ -83,7 +83,10 @@ class Checkpoint(NamedTuple):
         """
         if name not in self.manifest.states:
             raise CheckpointError(f"the checkpoint {self.name} holds no state of {name!r}.")
-        return unpack(self.manifest.states[name], name, self.tensors, like)
+        try:
+            return unpack(self.manifest.states[name], name, self.tensors, like)
+        except RecursionError:
+            raise _damaged(self.name, "its states are nested too deeply") from None
 
     def load(self, name: str, load_state_dict: Callable[[Any], object], like: Any = None) -> None:
         """Hands the state called ``name`` to ``load_state_dict``.
@@ -145,7 +148,11 @@ def read(run: RunFolder, name: str) -> Checkpoint:
         raise _damaged(name, str(error)) from None
     if metadata.get("sha256") != _digest(text, tensors):
         raise _damaged(name, "its content is not what was written")
-    if left := tensors.keys() - _mentioned(manifest.states):
+    try:
+        left = tensors.keys() - _mentioned(manifest.states)
+    except RecursionError:
+        raise _damaged(name, "its states are nested too deeply") from None
+    if left:
         raise _damaged(name, f"it holds {len(left)} tensors that belong to no state")
     return Checkpoint(name, manifest, tensors)
 
@@ -179,9 +186,9 @@ def newest(run: RunFolder) -> str:
     return max(manifests, key=lambda name: manifests[name].number)
 
 
-def prune(run: RunFolder, keep: int) -> None:
-    """Deletes all but the ``keep`` newest checkpoints; damaged ones are left for somebody to look at."""
-    manifests = _readable(run)
+def prune(run: RunFolder, keep: int, plan_id: str) -> None:
+    """Deletes all but the ``keep`` newest checkpoints of a plan; damaged ones are left for somebody to look at."""
+    manifests = {name: manifest for name, manifest in _readable(run).items() if manifest.plan.plan_id == plan_id}
     for name in sorted(manifests, key=lambda name: manifests[name].number)[:-keep]:
         run.remove(FOLDER, name)
 
@@ -191,7 +198,7 @@ def _readable(run: RunFolder) -> dict[str, Manifest]:
     for name in names(run):
         try:
             found[name] = read_manifest(run, name)
-        except CheckpointError:
+        except (CheckpointError, RunFolderError):
             continue  # it will be refused by name when somebody resumes from it
     return found
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
+from filelock import FileLock
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
@@ -38,7 +39,7 @@ from dpkit.run_folder import RunFolder
 from dpkit.sampling import Poisson, TruncatedPoisson
 
 from . import checkpoint as checkpoints
-from .attachment import Attachment, check_reduction, detach_earlier
+from .attachment import Attachment, attached_to, check_reduction
 from .autosave import Autosave
 from .batch import Batch, take
 from .calibration import choose_mechanism
@@ -55,6 +56,7 @@ Optimizer = TypeVar("Optimizer", bound=torch.optim.Optimizer)
 LossFunction = Callable[[Any, Batch], Tensor]
 Reduction = Literal["none", "mean", "sum"]
 
+_LEFT_BY_A_RUN = ("nonprivate", checkpoints.FOLDER, "metrics.jsonl", "result.json")
 _COLLATE_CAVEAT = "Assumed: collate_fn turns each example into one row that depends on that example alone, in order."
 _LOOP_CAVEAT = (
     f"{_COLLATE_CAVEAT} The training loop computes one loss per row from that row alone, on the batch that it was "
@@ -105,10 +107,11 @@ class PrivacyEngine:
         self._run_key = RunKey(seed)
         self._callbacks = tuple(callbacks)
         self._checkpoint: Checkpoint | None = None
+        self._restored = False
         self._ledger: Ledger | None = None
         if self._ledger_path.exists():
             self._ledger = Ledger.open(self._ledger_path, dataset_name=self._dataset_name)
-        elif (self.run_dir / "nonprivate").exists():
+        elif any(self._folder.exists(name) for name in _LEFT_BY_A_RUN):
             raise LedgerError(
                 f"{self.run_dir} was used by an earlier run and its ledger {self._ledger_path} is gone, so what was "
                 "spent on this data is unknown. Put the ledger back, or start in a new folder knowing that the earlier "
@@ -135,7 +138,8 @@ class PrivacyEngine:
         :meth:`autosave`.
 
         The ledger decides what may still be done. Steps that were charged after the checkpoint stay charged, so a run
-        that was killed ends with as many fewer steps (:attr:`steps_left`). Sampling and noise use fresh keys.
+        that was killed ends with as many fewer steps (:attr:`steps_left`). Sampling and noise use fresh keys. A copy of
+        a run folder has a ledger of its own, which knows nothing of what the original spends: go on in one of them.
 
         Args:
           checkpoint: name of a file in ``RUN/checkpoints``; the newest when left out.
@@ -161,8 +165,7 @@ class PrivacyEngine:
             )
         engine._ledger.check_anchor(manifest.anchor_sequence, manifest.anchor_digest)
         engine._checkpoint = saved
-        engine._charged_before()
-        engine._run_key = RunKey(seed, resumed_at=engine._ledger.anchor()[1])
+        engine._refuse_other_run()
         return engine
 
     # -- attaching ----------------------------------------------------------------------------------------------------
@@ -284,7 +287,8 @@ class PrivacyEngine:
             template,
             microbatch_size=rows,
             steps_per_pass=per_pass,
-            begin_pass=lambda: attached.begin_pass(per_pass),
+            begin_pass=lambda mark: attached.begin_pass(mark, per_pass),
+            end_pass=attached.end_pass,
             announce=attached.receive,
         )
         return model, optimizer, private_loader
@@ -336,7 +340,8 @@ class PrivacyEngine:
             template,
             microbatch_size=None,
             steps_per_pass=plan.steps,
-            begin_pass=lambda: attached.begin_pass(plan.steps),
+            begin_pass=lambda mark: attached.begin_pass(mark, plan.steps),
+            end_pass=attached.end_pass,
             announce=attached.receive,
         )
 
@@ -466,18 +471,20 @@ class PrivacyEngine:
             raise OutOfOrder(
                 "this run was not resumed; PrivacyEngine.resume(run_dir) makes an engine that can restore."
             )
-        saved = {name.removeprefix("user/") for name in self._checkpoint.manifest.states if name.startswith("user/")}
+        if attached.steps_taken != self._checkpoint.manifest.steps_taken:
+            raise OutOfOrder("the run has gone on since it was resumed; restore before the first step.")
+        saved = _names_of_users(self._checkpoint)
         if different := saved ^ states.keys():
             raise CheckpointError(
                 f"the checkpoint {self._checkpoint.name} holds the states of {', '.join(sorted(saved)) or 'no object'}"
                 f", and {', '.join(sorted(different))} differs. Restore the same names as were saved."
             )
         for name, holder in states.items():
-            _state_dict(name, holder)  # refuses what has none
-            self._checkpoint.load(f"user/{name}", holder.load_state_dict)
+            self._checkpoint.load(f"user/{name}", holder.load_state_dict, like=_state_dict(name, holder))
         # Making a scheduler sets the learning rates of the optimizer, maybe after they were resumed.
-        attached.resume(self._checkpoint)
+        attached.resume_optimizer(self._checkpoint)
         attached.unrestored = frozenset()
+        self._restored = True
 
     def autosave(self, *, every: int, keep: int | None = None, **states: Any) -> Autosave:
         """A context in which the run saves itself: ``with engine.autosave(every=100, scheduler=scheduler): ...``.
@@ -497,7 +504,7 @@ class PrivacyEngine:
             check_count("keep", keep)
             if keep < 1:
                 raise InvalidArgument(f"keep is {keep}; at least the newest checkpoint must stay.")
-        if attached.unrestored:
+        if self._checkpoint is not None and not self._restored:
             self.restore(**states)
 
         def watch(between_steps: Callable[[], None] | None) -> None:
@@ -505,7 +512,7 @@ class PrivacyEngine:
 
         return Autosave(
             save=lambda: self.save(**states),
-            prune=lambda: None if keep is None else checkpoints.prune(self._folder, keep),
+            prune=lambda: None if keep is None else checkpoints.prune(self._folder, keep, attached.record.plan_id),
             steps_taken=lambda: self.steps_taken,
             watch=watch,
             every=every,
@@ -573,68 +580,77 @@ class PrivacyEngine:
         record = plan_record(plan, certified=self._run_key.certified, caveats=caveats, target_epsilon=target_epsilon)
         if self._checkpoint is not None:
             record = continued(self._checkpoint.manifest.plan, record)
+        if self._checkpoint is None and checkpoints.names(self._folder):
+            raise LedgerError(
+                f"{self.run_dir} holds checkpoints of an earlier run, whose charges stay. PrivacyEngine.resume goes on "
+                "with it; for a new run, take a new folder (ledger= lets both share one budget)."
+            )
         self._ledger = self._open_or_create(
             self._budget or Budget(epsilon=target_epsilon or plan.epsilon().upper, delta=plan.delta)
         )
         self._check(record)
-        detach_earlier(model)
-        lock = self._folder.lock()
-        self._folder.make("nonprivate")
-        self._folder.sweep(checkpoints.FOLDER)
-        attached = Attachment(
-            model,
-            optimizer,
-            plan,
-            parameters,
-            ledger=self._ledger,
-            record=record,
-            run_key=self._run_key,
-            microbatches=microbatches,
-            charged=self._charged_before(),  # under the lock: no other process adds to it any more
-            callbacks=self._callbacks,
-            let_go=lock.release,
-        )
-        if self._checkpoint is not None:
-            try:
+        earlier = attached_to(model)
+        lock = self._lock(earlier)
+        attached: Attachment | None = None
+        try:
+            self._folder.make("nonprivate")
+            self._folder.sweep(checkpoints.FOLDER)
+            self._refuse_other_run()  # under the lock: nobody else trains in this folder any more
+            self._run_key.claim(resumed_at=None if self._checkpoint is None else self._ledger.anchor()[1])
+            attached = Attachment(
+                model,
+                optimizer,
+                plan,
+                parameters,
+                ledger=self._ledger,
+                record=record,
+                run_key=self._run_key,
+                microbatches=microbatches,
+                callbacks=self._callbacks,
+                lock=lock,
+            )
+            if self._checkpoint is not None:
                 attached.resume(self._checkpoint)
-            except BaseException:
+                attached.unrestored = _names_of_users(self._checkpoint)
+            attached.begin(self._dataset_name)
+        except BaseException:
+            if attached is None and earlier is not None and earlier.lock is None:
+                earlier.lock = lock  # handed over too early: the earlier engine goes on
+            elif attached is None:
+                lock.release()
+            elif earlier is None:
                 attached.detach()
-                raise
-            attached.unrestored = frozenset(
-                name.removeprefix("user/") for name in self._checkpoint.manifest.states if name.startswith("user/")
-            )
+            else:
+                # The model was private before this call, and its loop may go on: the hooks stay, to refuse that.
+                attached.end()
+            raise
         self._attached = attached
-        settings = {key: value for key, value in record.facts.items() if not isinstance(value, list)}
-        for callback in self._callbacks:
-            callback.on_begin(
-                {
-                    "dataset_name": self._dataset_name,
-                    "steps": plan.steps,
-                    "num_examples": plan.num_examples,
-                    "delta": plan.delta,
-                    "unit": plan.unit,
-                    "relation": plan.relation.value,
-                    **settings,
-                }
-            )
         return attached
+
+    def _lock(self, earlier: Attachment | None) -> FileLock:
+        """The lock of the run folder; an earlier attachment of the same model in the same folder hands its own over."""
+        if earlier is not None and earlier.lock is not None and earlier.lock.lock_file == self._folder.lock_file:
+            lock, earlier.lock = earlier.lock, None
+            return lock if lock.is_locked else self._folder.lock()
+        return self._folder.lock()
 
     def _check(self, record: PlanRecord) -> None:
         """Refuse a plan that the ledger would not charge; a resumed one that has been charged in full takes no step."""
         try:
             self.ledger.check(record)
         except BudgetExceeded:
-            if self._checkpoint is None or self._charged_before() < record.steps:
+            found = self.ledger.find_plan(record.plan_id)
+            if found is None or found[1] < record.steps:
                 raise
 
-    def _charged_before(self) -> int:
-        """Steps of the resumed plan that the ledger has charged.
+    def _refuse_other_run(self) -> None:
+        """Refuse a checkpoint that is not of this ledger's run.
 
         Raises:
-          CheckpointError: fewer than the checkpoint has taken, or none of this plan: it is of another run.
+          CheckpointError: the ledger has another plan of this name, or has charged less than the checkpoint has taken.
         """
         if self._checkpoint is None:
-            return 0
+            return
         manifest = self._checkpoint.manifest
         known = self.ledger.find_plan(manifest.plan.plan_id)
         charged = 0 if known is None else known[1]
@@ -648,11 +664,9 @@ class PrivacyEngine:
                 f"the checkpoint {self._checkpoint.name} is after {manifest.steps_taken} steps, and the ledger has "
                 f"charged {charged} of its plan; it belongs to another run."
             )
-        return charged
 
     def _open_or_create(self, budget: Budget) -> Ledger:
         if self._ledger is None:
-            self._ledger_path.parent.mkdir(parents=True, exist_ok=True)
             return Ledger.create(self._ledger_path, dataset_name=self._dataset_name, budget=budget)
         if self._budget is not None and self._budget != self._ledger.budget:
             raise LedgerError(
@@ -660,6 +674,11 @@ class PrivacyEngine:
                 f"({self._budget}) afterwards. Leave budget= out."
             )
         return self._ledger
+
+
+def _names_of_users(checkpoint: Checkpoint) -> frozenset[str]:
+    """Names of the states that the user gave to :meth:`PrivacyEngine.save`."""
+    return frozenset(name.removeprefix("user/") for name in checkpoint.manifest.states if name.startswith("user/"))
 
 
 def _state_dict(name: str, holder: Any) -> Mapping[str, Any]:

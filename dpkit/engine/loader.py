@@ -234,7 +234,8 @@ class PrivateLoader:
       draws: which rows.
       template: structure of a batch.
       microbatch_size: rows of every physical batch, or None for whatever was drawn.
-      begin_pass: called when a pass begins; returns its public number of logical steps.
+      begin_pass: called with a mark of the pass when it begins; returns its public number of logical steps.
+      end_pass: called with the mark when the pass ends, at its last step or because the loop was left.
       announce: called with the :class:`Draw` just before its batch is handed out.
     """
 
@@ -246,13 +247,15 @@ class PrivateLoader:
         *,
         microbatch_size: int | None,
         steps_per_pass: int,
-        begin_pass: Callable[[], int],
+        begin_pass: Callable[[object], int],
+        end_pass: Callable[[object], None],
         announce: Callable[[Draw], None],
     ) -> None:
         self.dataset = loading.dataset
         self._draws = draws
         self._steps_per_pass = steps_per_pass
         self._begin_pass = begin_pass
+        self._end_pass = end_pass
         self._announce = announce
         self._inner: DataLoader[Any] = DataLoader(
             _Rows(loading.dataset),
@@ -266,8 +269,12 @@ class PrivateLoader:
         return self._steps_per_pass * self._draws.microbatches
 
     def __iter__(self) -> Iterator[Batch]:
-        self._draws.logical_steps = self._begin_pass()
+        mark = object()
+        self._draws.logical_steps = self._begin_pass(mark)
         microbatches = self._draws.microbatches
-        for number, (batch, rows, real) in enumerate(self._inner):
-            self._announce(Draw(rows, real, number % microbatches, microbatches))
-            yield batch
+        try:
+            for number, (batch, rows, real) in enumerate(self._inner):
+                self._announce(Draw(rows, real, number % microbatches, microbatches))
+                yield batch
+        finally:
+            self._end_pass(mark)

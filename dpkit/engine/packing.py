@@ -2,8 +2,9 @@
 
 Guarantee: what was packed comes back with every bit of every tensor, and the type and value of everything else that
 can be packed: None, booleans, numbers, text, lists, tuples, dictionaries with text or whole numbers as keys, counters,
-named tuples and dataclasses of these. Anything else is refused by its place and type. Nothing is executed: unpacking
-builds these types and calls the constructors of the named tuples and dataclasses of ``like`` only.
+named tuples and dataclasses of these. Subclasses of numbers and text (``numpy.float64``, an ``IntEnum``) come back as
+the plain type. Anything else is refused by its place and type. Nothing is executed: unpacking builds these types and
+calls the constructors of the named tuples and dataclasses of ``like`` only.
 
 A list is a JSON list, and text, numbers, booleans and None are themselves. All else is an object with one key that says
 what it is: ``{"tuple": [...]}``, ``{"dict": [[key, value], ...]}``, ``{"tensor": name}``, ``{"float": "inf"}``, ...
@@ -32,8 +33,10 @@ def pack(value: Any, place: str, tensors: dict[str, Tensor]) -> Packed:
     Raises:
       CheckpointError: naming the place and the type of what cannot be stored.
     """
-    if value is None or isinstance(value, (bool, str, int)):
+    if value is None or isinstance(value, bool):
         return value
+    if isinstance(value, (str, int)):
+        return str.__str__(value) if isinstance(value, str) else int(value)
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else {"float": str(float(value))}
     if isinstance(value, Tensor):
@@ -77,7 +80,7 @@ def unpack(packed: Packed, place: str, tensors: Mapping[str, Tensor], like: Any 
         case {"float": "inf" | "-inf" | "nan" as text}:
             return float(text)
         case {"tensor": str(name)} if name in tensors:
-            return _same_form(tensors[name], like, place)
+            return _same_form(tensors[name], like, place).clone()  # what is done to it must not reach the checkpoint
         case {"tuple": list(items)}:
             return tuple(unpack(item, f"{place}/{i}", tensors, _item(like, i)) for i, item in enumerate(items))
         case {"dict": list(pairs)}:

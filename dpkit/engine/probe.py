@@ -32,6 +32,7 @@ from dpkit.gradients import Backend, PerSample, ghost, trainable, vmap
 from dpkit.types import Named
 
 from .batch import Batch, map_tensors, take, tensors
+from .contents import persistent_buffers
 from .guards import refuse_foreign_leaves
 
 LossFunction = Callable[[Any, Batch], Tensor]
@@ -135,13 +136,15 @@ def _compare(
 
     try:
         recorded = gradients(batch)
+        stored = persistent_buffers(model).keys()
         kept = {name: tensor.clone() for name, tensor in _state(model).items()}
         restore()
         neighbour = gradients(map_tensors(_replace_first, batch))
         moved = [
             name
             for name, tensor in _state(model).items()
-            if tensor.shape == state.get(name) and _differ(tensor, kept.get(name))
+            # What is stored with the model must not hold a note of the last batch, of whatever shape.
+            if (name in stored or tensor.shape == state.get(name)) and _differ(tensor, kept.get(name))
         ]
         again = gradients(batch)
         restore()
@@ -198,8 +201,7 @@ def _state(model: nn.Module) -> Named:
 
 
 def _differ(left: Tensor, right: Tensor | None) -> bool:
-    """Whether state of one shape has two values; of another shape it is a note of the last batch, not state."""
-    return right is not None and left.shape == right.shape and not torch.equal(left, right)
+    return right is None or left.shape != right.shape or not torch.equal(left, right)
 
 
 def _rows_of(gradients: PerSample, parameters: dict[str, nn.Parameter]) -> list[Named]:

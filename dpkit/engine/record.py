@@ -19,12 +19,12 @@ _OF_THE_PROCESS = ("certified", "certified_reason", "torch_version", "dpkit_vers
 def plan_record(plan: Plan, *, certified: bool, caveats: list[str], target_epsilon: float | None) -> PlanRecord:
     """What the ledger keeps of the plan, for the guarantee and for the statement."""
     facts: dict[str, Fact] = {
-        "clipping": str(plan.clip),
+        "clipping": _words(plan.clip),
         "max_grad_norm": plan.clip.bounds(plan.clip.init([0]))[0],
-        "sampler": str(plan.sampler),
+        "sampler": _words(plan.sampler),
         "expected_batch_size": plan.expected_batch,
-        "mechanism": str(plan.mechanism),
-        "filters": len(plan.filters),
+        "mechanism": _words(plan.mechanism),
+        "filters": [f"{filter_.update.__module__}.{filter_.update.__qualname__}" for filter_ in plan.filters],
         "target_epsilon": target_epsilon,
         "noise_generator": "torch, seeded with 256 bits by the operating system; not cryptographic",
         "certified": certified,
@@ -42,6 +42,12 @@ def plan_record(plan: Plan, *, certified: bool, caveats: list[str], target_epsil
         num_examples=plan.num_examples,
         facts=facts,
     )
+
+
+def _words(part: object) -> str:
+    """``part`` with its settings, or its class where it does not tell them: an address in memory is no setting."""
+    tells = type(part).__repr__ is not object.__repr__ or type(part).__str__ is not object.__str__
+    return str(part) if tells else f"{type(part).__module__}.{type(part).__qualname__}"
 
 
 def continued(saved: PlanRecord, now: PlanRecord) -> PlanRecord:

@@ -3,8 +3,8 @@
 Guarantees (Laws 1, 3, 4 and 7 of the design):
   * :class:`ClippedAccumulator` holds a sum to which each unit adds at most the rule's bound, and nothing if its
     gradient is not finite. Nothing is divided by the size of a batch.
-  * :func:`release` charges the ledger, durably, before it asks for noise; what it returns has passed the mechanism and
-    is divided by the public expected batch size alone.
+  * :func:`release` asks for noise in exchange for the receipt of a durable charge; what it returns has passed the
+    mechanism and is divided by the public expected batch size alone.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accounting import Ledger, PlanRecord
+from accounting import Receipt
 from dpkit.gradients import PerSample
 from dpkit.mechanisms import RunKey
 from dpkit.types import ClippedSum, Named, Query, Released
@@ -127,17 +127,14 @@ class StepState:
         )
 
 
-def release(
-    clipped: ClippedSum, plan: Plan, state: StepState, *, ledger: Ledger, record: PlanRecord, run_key: RunKey
-) -> Released:
-    """Charge, add noise, divide by the expected batch size, filter. Updates ``state``.
+def release(clipped: ClippedSum, plan: Plan, state: StepState, receipt: Receipt, run_key: RunKey) -> Released:
+    """Add noise, divide by the expected batch size, filter. Updates ``state``.
 
+    Args:
+      receipt: of the charge for this step, which is on the disk: a crash in here over-counts, never under-counts.
     Raises:
-      accounting.BudgetExceeded: when the plan's steps are spent; nothing was released.
-      accounting.LedgerError: when the charge could not be made durable; nothing was released.
+      accounting.LedgerError: the receipt has paid for another release.
     """
-    # Charge before release: a crash between these two lines over-counts, never under-counts.
-    receipt = ledger.charge(record, plan.event)
     released, state.mechanism = plan.mechanism.release(clipped, state.mechanism, run_key.noise_key(receipt))
     state.rule = plan.clip.update(state.rule, released.queries)
     released = released._replace(value={name: v / plan.expected_batch for name, v in released.value.items()})

@@ -73,26 +73,26 @@ class NoiseKey:
 
 
 class RunKey:
-    """The secret of one run.
+    """The secret of one run, used by one process.
 
     Args:
       seed: None takes 256 bits from the operating system. A number makes noise and sampling reproducible for research
-        and debugging: anybody who knows it can remove the noise, so such a run is never certified.
-      resumed_at: digest of the ledger's last entry when a run is resumed: a seeded run then has other keys than before,
-        or its next steps would repeat the noise of its first ones.
+        and debugging: anybody who knows it can remove the noise, and two runs with one seed share theirs, so such a run
+        is never certified.
     Raises:
       InvalidArgument: when the seed is not an integer.
     """
 
-    def __init__(self, seed: int | None = None, *, resumed_at: str = "") -> None:
+    def __init__(self, seed: int | None = None) -> None:
         if seed is None:
             self._secret = os.urandom(_SECRET_BYTES)
         elif isinstance(seed, int) and not isinstance(seed, bool):
-            label = f"dpkit seeded run, not certified{seed}" + (f" resumed at {resumed_at}" if resumed_at else "")
-            self._secret = hashlib.sha256(label.encode()).digest()
+            self._secret = hashlib.sha256(b"dpkit seeded run, not certified" + str(seed).encode()).digest()
         else:
             raise InvalidArgument(f"seed is {seed!r}; give an integer, or None for noise that nobody can repeat.")
         self.certified = seed is None
+        self._claimed = False
+        self._pid = os.getpid()
         self._plan_id: str | None = None
         self._releases = 0
 
@@ -102,8 +102,25 @@ class RunKey:
     def __reduce__(self) -> str | tuple[object, ...]:
         raise TypeError("a RunKey is never copied or stored: two runs with one key share their noise")
 
+    def claim(self, *, resumed_at: str | None = None) -> None:
+        """Bind the key to the one run that uses it.
+
+        Args:
+          resumed_at: digest of the ledger's last entry when the run is resumed: a seeded run has other keys from then
+            on, or its next steps would repeat the noise of its first ones.
+        Raises:
+          OutOfOrder: it has been claimed, or was made in another process.
+        """
+        self._refuse_other_process()
+        if self._claimed:
+            raise OutOfOrder("this engine's key is in use by another engine: make a new PrivacyEngine for every run.")
+        self._claimed = True
+        if resumed_at is not None:
+            self._secret = _expand(self._secret, "resumed", resumed_at)
+
     def sampling(self, draw: int) -> torch.Generator:
         """The CPU generator that selects the units of the ``draw``-th batch of this run."""
+        self._refuse_other_process()
         return generator_from(_expand(self._secret, "sampling", draw))
 
     def noise_key(self, receipt: Receipt) -> NoiseKey:
@@ -113,6 +130,7 @@ class RunKey:
           accounting.LedgerError: when the receipt was already used.
           OutOfOrder: when it is of another plan than the receipts before it.
         """
+        self._refuse_other_process()
         if self._plan_id not in (None, receipt.plan_id):
             raise OutOfOrder("one run key serves one plan: the steps of two plans would share their noise.")
         self._plan_id = receipt.plan_id
@@ -121,3 +139,8 @@ class RunKey:
         # two steps alike, and their difference would be free of noise.
         self._releases += 1
         return NoiseKey(_expand(self._secret, "noise", self._releases))
+
+    def _refuse_other_process(self) -> None:
+        # A forked child has the same secret, and would draw the noise of its parent.
+        if os.getpid() != self._pid:
+            raise OutOfOrder("this engine was made in another process; make the engine in the process that trains.")

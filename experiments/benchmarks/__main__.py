@@ -1,8 +1,8 @@
 """``python -m experiments.benchmarks``: what privacy costs in time, as ratios to the plain training step.
 
-Every ratio is the median of interleaved runs in one process, so that what else the machine does hits both sides. Three
-columns: the core (forward, backward, clipped sum), the whole step (core, noise, charge, optimizer, loader), and what
-one charge and the noise take of it.
+Every ratio is the median of interleaved runs in one process, so that what else the machine does hits both sides. The
+columns: the core (forward, backward, clipped sum), the whole step (core, noise, charge, optimizer, loader), and one
+checkpoint, durable on the disk, in milliseconds.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def losses_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
 
 
-def timed(run: Callable[[], None]) -> float:
+def timed(run: Callable[[], object]) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
@@ -126,7 +126,7 @@ def measure(make: Callable[[], nn.Module], shape: tuple[int, ...], size: int, fo
         engine.backward(losses_of(model, batch))
         private_optimizer.step()
 
-    core, whole, seconds = [], [], []
+    core, whole, seconds, saves = [], [], [], []
     for number in range(WARM_UP + ROUNDS):
         base, private = timed(plain_core), timed(private_core)
         base_loop, private_loop_seconds = timed(plain_loop), timed(private_loop)
@@ -134,19 +134,28 @@ def measure(make: Callable[[], nn.Module], shape: tuple[int, ...], size: int, fo
             seconds.append(base)
             core.append(private / base)
             whole.append(private_loop_seconds / base_loop)
+        if number >= ROUNDS:  # the last few: a checkpoint is rare
+            saves.append(timed(engine.save))
     return {
         "plain ms": 1e3 * statistics.median(seconds),
         "core ratio": statistics.median(core),
         "whole ratio": statistics.median(whole),
+        "save ms": 1e3 * statistics.median(saves),
     }
 
 
 def main() -> None:
-    table = Table("workload", "plain step, ms", "core / plain", "whole step / plain loop")
+    table = Table("workload", "plain step, ms", "core / plain", "whole step / plain loop", "checkpoint, ms")
     with tempfile.TemporaryDirectory() as folder:
         for number, (name, workload) in enumerate(WORKLOADS.items()):
             row = measure(*workload, folder=Path(folder) / str(number))
-            table.add_row(name, f"{row['plain ms']:.2f}", f"{row['core ratio']:.2f}", f"{row['whole ratio']:.2f}")
+            table.add_row(
+                name,
+                f"{row['plain ms']:.2f}",
+                f"{row['core ratio']:.2f}",
+                f"{row['whole ratio']:.2f}",
+                f"{row['save ms']:.1f}",
+            )
     Console(width=120).print(table)
 
 

@@ -222,6 +222,7 @@ def test_what_was_seen_before_an_interrupt_must_be_there_after_it(ledger, path, 
     p, before = plan(), path.read_bytes()
     interrupt_the_next_look(ledger, path, p, monkeypatch)
     path.write_bytes(before)
+    path.with_name(f"{path.name}.tip").unlink()  # with its note, the older copy would not open
     if again:  # as long as it was, or longer, but not the same
         with Ledger.open(path) as other:
             for _ in range(again):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -126,6 +127,8 @@ def main(root: Path, trials: int) -> int:
                 return 1
             for file in root.glob("ledger.sqlite*"):
                 file.unlink()  # killed before the first state was saved, let alone the first step charged
+            for folder in folders:
+                shutil.rmtree(folder, ignore_errors=True)
             continue
         charges, releases, checkpoints = look(folders, ledger)
         # A child that dies between charge and release is charged for nothing, once.

@@ -52,8 +52,8 @@ class Run:
     epochs_ended: int = 0
     passes: list[int] = field(default_factory=list)
 
-    def train(self, steps: int | None = None) -> Run:
-        """``steps`` logical steps, or as many as are left, scheduler included."""
+    def train(self, steps: int | None = None, *, save: bool = False) -> Run:
+        """``steps`` logical steps, or all that are left, scheduler included; ``save``: right after the last one."""
         goal = self.engine.steps_taken + (self.engine.steps_left if steps is None else steps)
         while self.engine.steps_taken < goal:
             begun = self.engine.steps_taken
@@ -65,6 +65,8 @@ class Run:
                 if self.engine.steps_taken > before:
                     self.step_schedule()
                 if self.engine.steps_taken == goal:
+                    if save:
+                        self.save()
                     break
             self.passes.append(self.engine.steps_taken - begun)
         return self
@@ -98,6 +100,7 @@ def begin(
     model: nn.Module | None = None,
     batch_size: int = 10,
     engine: PrivacyEngine | None = None,
+    data: TensorDataset | None = None,
     **changes: Any,
 ) -> Run:
     """A run in ``folder``, or the one that ``engine`` resumes; ``changes`` are arguments of make_private."""
@@ -105,7 +108,10 @@ def begin(
     optimizer = make_optimizer(model)
     scheduler = None if make_scheduler is None else make_scheduler(optimizer)
     engine = dpkit.PrivacyEngine(folder) if engine is None else engine
-    loader = DataLoader(dataset(), batch_size=batch_size, shuffle=True)
+    data = dataset() if data is None else data
+    loader = DataLoader(data, batch_size=batch_size, shuffle=len(data) > 0)
+    if len(data) == 0:
+        changes["probe_batch"] = (torch.zeros(1, 5), torch.zeros(1, dtype=torch.long))
     model, optimizer, loader = engine.make_private(model, optimizer, loader, **{**PLAN, **changes})
     return Run(engine, model, optimizer, scheduler, loader)
 

@@ -24,7 +24,7 @@ from dpkit.engine import PrivacyEngine, checkpoint
 from dpkit.errors import CheckpointError, InvalidArgument, OutOfOrder, RunFolderError
 from dpkit.run_folder import RunFolder
 
-from .runs import begin, resume
+from .runs import begin, dataset, resume
 
 
 def test_a_run_is_saved_between_two_steps_and_nowhere_else(tmp_path: Path):
@@ -392,3 +392,39 @@ def test_a_named_pipe_or_a_folder_in_place_of_a_checkpoint_is_refused(tmp_path: 
     for name in ("step-0000000001.safetensors", "step-0000000002.safetensors"):
         with pytest.raises(RunFolderError):
             checkpoint.read(run, name)
+
+
+# -- what a checkpoint may depend on ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("other", ["a record changed", "a record of nan", "records removed", "no records"])
+def test_with_the_releases_fixed_a_checkpoint_is_the_same_for_every_data_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str
+):
+    # Then what is in a checkpoint depends on the data through what was released, and through nothing else.
+    def frozen(value: torch.Tensor, std: float, generator: torch.Generator) -> torch.Tensor:
+        return torch.ones_like(value) * 0.1
+
+    monkeypatch.setattr("dpkit.mechanisms.gaussian._add_noise", frozen)
+    monkeypatch.setattr("accounting.records.secrets.token_hex", lambda _: "0" * 32)
+    rows = dataset()
+    x, y = (tensor.clone() for tensor in rows.tensors)
+    if other == "a record changed":
+        x[7] = 1e30
+    elif other == "a record of nan":
+        x[7] = float("nan")
+    else:
+        x, y = (tensor[: 50 if other == "records removed" else 0] for tensor in (x, y))
+    written = []
+    for number, data in enumerate((rows, torch.utils.data.TensorDataset(x, y))):
+        run = begin(
+            tmp_path / str(number), engine=PrivacyEngine(tmp_path / str(number), dataset_name="people"), data=data
+        )
+        _, text, _, _ = checkpoint._read_header(RunFolder(tmp_path / str(number)), run.train(4).save().name)
+        written.append(
+            (text, checkpoint.read(RunFolder(tmp_path / str(number)), "step-0000000004.safetensors").tensors)
+        )
+    (text, tensors), (other_text, other_tensors) = written
+    assert text == other_text
+    assert tensors.keys() == other_tensors.keys()
+    assert all(torch.equal(tensors[name], other_tensors[name]) for name in tensors)

@@ -111,7 +111,7 @@ def _bound(accumulator: ClippedAccumulator) -> float:
 def _sum_by(patch: Patch, active: Active, clipped: Callable[[list[Named], float], list[Named]]) -> None:
     """Replace what a microbatch adds to the sum by the sum of ``clipped(rows, C)``."""
 
-    def add(self: ClippedAccumulator, gradients: PerSample, real: int, scale: float = 1.0) -> None:
+    def add(self: ClippedAccumulator, gradients: PerSample, real: int, scale: float = 1.0, losses: Any = None) -> None:
         self.diagnostics.units += real
         active()
         for row in clipped([{k: v * scale for k, v in row.items()} for row in _rows(gradients, real)], _bound(self)):
@@ -318,7 +318,7 @@ def _mean_for_sum(patch: Patch, active: Active) -> None:
 def _padding_counts(patch: Patch, active: Active) -> None:
     shipped = ClippedAccumulator.add
 
-    def add(self: ClippedAccumulator, gradients: PerSample, real: int, scale: float = 1.0) -> None:
+    def add(self: ClippedAccumulator, gradients: PerSample, real: int, scale: float = 1.0, losses: Any = None) -> None:
         active()
         shipped(self, gradients, gradients.size, scale)
 
