@@ -1,3 +1,6 @@
-"""The command line: ``dpkit demo | init | train | epsilon | statement | report | verify``. torch is loaded where something is trained."""
+"""The command line: ``dpkit demo | init | train | epsilon | statement | report | verify``.
+
+torch is loaded where something is trained.
+"""
 
 from .app import main as main

@@ -22,8 +22,8 @@ _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 app = typer.Typer(
     name="dpkit",
     help="Train with differential privacy, and say what was spent.",
-    epilog="Exit codes: 0 done, 1 wrong input or usage, 2 a budget is exceeded, 4 a ledger cannot be verified or a file "
-    "contradicts it, 130 and 143 stopped by a signal.",
+    epilog="Exit codes: 0 done, 1 wrong input or usage, 2 a budget is exceeded, 4 a ledger cannot be verified or a "
+    "file contradicts it, 130 and 143 stopped by a signal.",
     add_completion=False,
     pretty_exceptions_enable=False,
 )

@@ -30,6 +30,7 @@ class Answer:
       committed_epsilon: the same at all planned steps. If a run was stopped because of what was seen, this is the
         guarantee.
       lower, estimate: what the accountant knows besides; never to be reported as the guarantee.
+      certified: whether a run's noise was such that nobody can repeat it; None for numbers without a run.
     """
 
     epsilon: float
@@ -44,6 +45,7 @@ class Answer:
     noise_multiplier: str
     steps: int
     source: str
+    certified: bool | None = None
 
 
 def epsilon(
@@ -192,6 +194,7 @@ def from_ledger(run: Path) -> Answer:
         noise_multiplier="; ".join(dict.fromkeys(plan.noise_multiplier for plan in stated.plans)) or "none",
         steps=stated.data_accesses,
         source=str(path),
+        certified=stated.certified if plans else None,
     )
 
 
@@ -213,5 +216,7 @@ def _print(answer: Answer) -> None:
         "accountant": f"{answer.accountant} (lower {answer.lower:.4f}, estimate {answer.estimate:.4f})",
         "source": answer.source,
     }
+    if answer.certified is not None:
+        rows["certified"] = "yes" if answer.certified else "NO: the noise can be repeated, so the guarantee is void"
     for name, text in rows.items():
         out.print(f"  {name:<11}{text}", markup=False, soft_wrap=True)

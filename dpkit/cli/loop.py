@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -89,8 +89,8 @@ def train(config: Config, data: Split, bar: TrainingBar, *, resume: bool = False
     run = RunFolder(config.output)
     if not resume and run.path.exists() and any(run.path.iterdir()):
         raise ConfigError(
-            f"the run folder {run.path} has been used; give another `output`, since its ledger belongs to it, or go on "
-            f"with `dpkit train --resume {run.path}` if it was stopped."
+            f"the run folder {run.path} has been used; give another `output`, since its ledger belongs to it"
+            + (f", or go on with `dpkit train --resume {run.path}`." if run.names("checkpoints") else ".")
         )
     if config.training.seed is None:
         torch.seed()  # torch starts every process from the same seed, and runs should differ
@@ -131,7 +131,9 @@ def _write_results(run: RunFolder, model: nn.Module, result: Result) -> None:
     if result.statement is not None:
         # How long a batch takes tells how large it was, so times stay out of what is shared.
         run.write("nonprivate", "times.json", data=json.dumps({"seconds": found.pop("seconds")}) + "\n")
-        del found["source"]  # where the folder lay on this machine
+        # Where the folder lay on this machine, and what is never to be reported as the guarantee.
+        for name in ("source", "lower", "estimate"):
+            del found[name]
         found |= {
             "anchor_sequence": result.statement.anchor_sequence,
             "anchor_digest": result.statement.anchor_digest,
@@ -139,6 +141,7 @@ def _write_results(run: RunFolder, model: nn.Module, result: Result) -> None:
     run.write(*shareable, "result.json", data=json.dumps(found, indent=2) + "\n")
     if result.statement is not None:
         run.write("PRIVACY.md", data=report.privacy_md(run))
+        run.remove("report.html")  # of an earlier moment, when the run was resumed
 
 
 @contextmanager
@@ -165,7 +168,7 @@ def _private(
 ) -> tuple[int, Statement]:
     privacy = config.privacy
     assert privacy is not None  # Config saw to it
-    callbacks = [bar, MetricsFile(run, nonprivate=True), *_loggers(config, run)]
+    callbacks = [_ConfigFile(config, run), bar, MetricsFile(run, nonprivate=True), *_loggers(config, run)]
     start = dpkit.PrivacyEngine.resume if resume else dpkit.PrivacyEngine
     engine = start(run.path, dataset_name=config.dataset, seed=privacy.noise_seed, callbacks=callbacks)
     model, optimizer, batches = engine.make_private(
@@ -180,8 +183,6 @@ def _private(
         max_grad_norm=privacy.max_grad_norm,
         max_physical_batch_size=config.training.max_physical_batch_size,
     )
-    if not resume:
-        _keep_config(config, run)
     planned = engine.plan.steps
     schedule = _schedule(optimizer, config, planned)
     bar.moved(engine.steps_taken, engine.steps_taken + engine.steps_left)
@@ -209,7 +210,9 @@ class _Settings:
     def __init__(self, config: Config) -> None:
         # How often a run is saved and who is told may change; where it lies is not up to the file.
         training = config.training.model_copy(update={"checkpoint_every": None})
-        self._text = configs.dump(config.model_copy(update={"training": training, "logging": (), "output": Path()}))
+        privacy = config.privacy and config.privacy.model_copy(update={"noise_seed": None})
+        fixed = {"training": training, "privacy": privacy, "logging": (), "output": Path()}
+        self._text = configs.dump(config.model_copy(update=fixed))
 
     def state_dict(self) -> dict[str, str]:
         return {"yaml": self._text}
@@ -225,6 +228,18 @@ class _Settings:
                 f"config.yaml was changed since the run was begun ({'; '.join(line.strip() for line in changed)}); put "
                 "it back, or start a new run."
             )
+
+
+class _ConfigFile(Callback):
+    """Writes config.yaml, once nothing can be refused any more and before anybody else is told."""
+
+    def __init__(self, config: Config, run: RunFolder) -> None:
+        self._config = config
+        self._run = run
+
+    def on_begin(self, settings: Mapping[str, object]) -> None:
+        if not self._run.exists("config.yaml"):
+            _keep_config(self._config, self._run)
 
 
 def _loggers(config: Config, run: RunFolder) -> list[Callback]:
@@ -266,7 +281,12 @@ def _plain(
 
 
 def _keep_config(config: Config, run: RunFolder) -> None:
-    """Begin the run folder, once nothing can be refused any more."""
+    """Begin the run folder, once nothing can be refused any more.
+
+    Without the noise seed: who has it can take the noise away again. A seeded run is resumed with fresh noise.
+    """
+    if config.privacy is not None:
+        config = config.model_copy(update={"privacy": config.privacy.model_copy(update={"noise_seed": None})})
     run.write("config.yaml", data=configs.dump(config))
 
 

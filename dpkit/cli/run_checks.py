@@ -37,6 +37,7 @@ from accounting import (
     round_up_text,
 )
 from accounting.ledger import epsilon_of
+from dpkit import report
 from dpkit.errors import AccountingError, CheckpointError, DataError, DpkitError, LedgerError, RunFolderError
 from dpkit.run_folder import RunFolder
 
@@ -99,6 +100,7 @@ class _Result(_Read):
     noise_multiplier: str
     accountant: str
     steps: Natural
+    steps_charged: Natural
     certified: bool
     anchor_sequence: Natural | None = None
     anchor_digest: str | None = None
@@ -111,6 +113,7 @@ class _Line(_Read):
     planned: Natural
     epsilon: float
     delta: float
+    metrics: dict[str, float | None] | None = None
 
 
 class _Manifest(_Read):
@@ -154,6 +157,7 @@ def ledger_checks(ledger: Ledger, stated: Statement) -> list[Check]:
     return [
         _guarded("sampler and accountant", _sampler, ledger.plans()),
         _guarded("budget", _budget, ledger, stated),
+        _guarded("certified", _certified, stated),
         _guarded("delta", _delta, ledger.plans()),
         _guarded("versions", _versions, ledger.plans()),
     ]
@@ -167,7 +171,9 @@ def folder_checks(run: Run) -> list[Check]:
         _guarded("result.json: epsilon", _result_epsilon, run),
         _guarded("PRIVACY.md: anchor", _text_anchor, run, "PRIVACY.md"),
         _guarded("PRIVACY.md: epsilon", _privacy_epsilon, run),
+        _guarded("PRIVACY.md: text", _report_text, run, "PRIVACY.md"),
         _guarded("report.html: anchor", _text_anchor, run, "report.html"),
+        _guarded("report.html: text", _report_text, run, "report.html"),
         _guarded("nonprivate/report.html: anchor", _text_anchor, run, "nonprivate", "report.html"),
         _guarded("metrics.jsonl: charges", _metrics_charges, run),
         _guarded("metrics.jsonl: epsilon", _metrics_epsilon, run),
@@ -277,6 +283,14 @@ def _budget(ledger: Ledger, stated: Statement) -> Found:
     return _ok(f"all planned steps cost {stated.committed_epsilon:.4f}, within {limits}")
 
 
+def _certified(stated: Statement) -> Found:
+    if not stated.plans:
+        return _not_checked("nothing was charged")
+    if not stated.certified:
+        return Found(Verdict.WARNING, f"the run is NOT certified: {stated.certified_reason}")
+    return _ok(stated.certified_reason)
+
+
 def _delta(plans: list[tuple[PlanRecord, int]]) -> Found:
     if not plans:
         return _not_checked("nothing was charged")
@@ -374,7 +388,7 @@ def _config_problems(
             yield f"epsilon is {privacy.epsilon!r}, and the plan costs {round_up(committed):.4f}"
         if plan.facts.get("target_epsilon") not in (None, privacy.epsilon):
             yield f"epsilon is {privacy.epsilon!r}, and the noise was chosen for {plan.facts['target_epsilon']!r}"
-    if (privacy.noise_seed is None) != (plan.facts.get("certified") is True):
+    if privacy.noise_seed is not None and plan.facts.get("certified") is True:
         yield f"noise_seed is {privacy.noise_seed}, and the plan says certified: {plan.facts.get('certified')}"
 
 
@@ -405,6 +419,8 @@ def _result_epsilon(run: Run) -> Found:
             ("sampling", result.sampling, now.sampling),
             ("noise_multiplier", result.noise_multiplier, now.noise_multiplier),
             ("certified", result.certified, run.stated.certified),
+            ("accountant", result.accountant, now.accountant),
+            ("steps_charged", result.steps_charged, now.steps),
         )
         if said != true
     ]
@@ -440,6 +456,23 @@ def _privacy_epsilon(run: Run) -> Found:
     if agreed.verdict == Verdict.OK and " ".join(str(run.stated).split()) not in text:
         return Found(Verdict.WARNING, f"{agreed.detail}; other words of the statement differ from what is stated now")
     return agreed
+
+
+def _report_text(run: Run, name: str) -> Found:
+    """The file says what would be written now: every number and every word, plots excepted."""
+    if not run.folder.exists(name):
+        return _not_checked(f"there is no {name}")
+    stale = report.stale(run.folder, run.ledger)[(name,)]
+    if stale is None:
+        return _not_checked("it takes the extra `report`: pip install 'dpkit[report]'")
+    if not stale:
+        return _ok("it says what the ledger and the other files give now")
+    detail = (
+        f"{name} says something else than the ledger and the other files give now: it was changed, or the run went on "
+        "since. `dpkit report` writes it anew"
+    )
+    older = _versions(run.plans).verdict == Verdict.WARNING
+    return Found(Verdict.WARNING, f"{detail} (another version may have used other words)") if older else _failed(detail)
 
 
 def _claim(run: Run, name: str, said: float, true: float) -> Found:
@@ -532,15 +565,21 @@ def _metrics_epsilon(run: Run) -> Found:
     lines, unread = _metrics(run)
     if not lines:
         return _nothing_read(unread)
-    last = lines[-1]
-    at = f"at {last.charged} charges and delta {last.delta!r}, epsilon"
+    # Those that the report plots, and the last: each costs an evaluation of the accountant.
+    looked_at = [*(line for line in lines if line.metrics is not None), lines[-1]]
+    found = [_line_epsilon(run, line) for line in looked_at]
+    return next((each for each in found if each.verdict != Verdict.OK), found[-1])
+
+
+def _line_epsilon(run: Run, line: _Line) -> Found:
+    at = f"at {line.charged} charges and delta {line.delta!r}, epsilon"
     claims = [
-        _claim(run, at, last.epsilon, round_up(epsilon_of(plan, last.charged).upper))
+        _claim(run, at, line.epsilon, round_up(epsilon_of(plan, line.charged).upper))
         for plan, _ in run.plans
-        if plan.steps == last.planned and plan.delta == last.delta and last.charged <= plan.steps
+        if plan.steps == line.planned and plan.delta == line.delta and line.charged <= plan.steps
     ]
     if not claims:
-        return _failed(f"the last line's delta {last.delta!r} and {last.planned} planned steps are no plan's")
+        return _failed(f"delta {line.delta!r} and {line.planned} planned steps in metrics.jsonl are no plan's")
     # With several such plans, which of them the file belongs to is not written there.
     return next((claim for claim in claims if claim.verdict == Verdict.OK), claims[0])
 
@@ -555,16 +594,18 @@ def _metrics(run: Run) -> tuple[list[_Line], int]:
     """(the lines that can be read, how many cannot): a crash may leave one that is cut off."""
     if not run.folder.exists("metrics.jsonl"):
         return [], 0
-    lines, unread = [], 0
+    lines = []
     size = run.folder.entry("metrics.jsonl").lstat().st_size
     if size > LARGEST_LOG:
         raise DataError(f"metrics.jsonl has {size} bytes; more than {LARGEST_LOG} are not read.")
-    for text in run.folder.read_start("metrics.jsonl", length=size).splitlines():  # and not what a live run adds now
+    content = run.folder.read_start("metrics.jsonl", length=size)  # and not what a live run adds now
+    *whole, torn = content.split(b"\n")
+    for number, text in enumerate(whole, start=1):
         try:
             lines.append(_Line.model_validate_json(text))
         except ValidationError:
-            unread += 1
-    return lines, unread
+            raise DataError(f"line {number} of metrics.jsonl is damaged.") from None
+    return lines, 1 if torn else 0
 
 
 # -- checkpoints and the model ----------------------------------------------------------------------------------------

@@ -63,10 +63,15 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
     def run(*args: Any, debug: bool = False, **kwargs: Any) -> None:
         try:
             command(*args, debug=debug, **kwargs)
-        except (DpkitError, AccountingError, OSError) as error:
+        except (DpkitError, AccountingError) as error:
             if debug:
                 raise
             print_error(str(error))
             raise typer.Exit(exit_code(error)) from None
+        except OSError as error:
+            if debug:
+                raise
+            print_error(f"{error.filename or 'a file'}: {error.strerror or error}. Check the path and its rights.")
+            raise typer.Exit(WRONG_INPUT) from None
 
     return run

@@ -27,7 +27,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -186,7 +186,8 @@ def _write_new(path: Path, text: str) -> None:
     except OSError as error:
         raise ConfigError(f"--export {path} cannot be written ({error.strerror}). Choose another place.") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def _in_the_way(path: Path) -> ConfigError:

@@ -585,6 +585,7 @@ class PrivacyEngine:
                 f"{self.run_dir} holds checkpoints of an earlier run, whose charges stay. PrivacyEngine.resume goes on "
                 "with it; for a new run, take a new folder (ledger= lets both share one budget)."
             )
+        self._folder.make()
         self._ledger = self._open_or_create(
             self._budget or Budget(epsilon=target_epsilon or plan.epsilon().upper, delta=plan.delta)
         )

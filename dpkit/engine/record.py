@@ -13,7 +13,7 @@ from .plan import Plan
 
 _GUARANTEE = ("event", "steps", "delta", "relation", "unit", "num_examples")
 # What may differ when a run goes on: it is another process, and perhaps another machine.
-_OF_THE_PROCESS = ("certified", "certified_reason", "torch_version", "dpkit_version")
+_OF_THE_PROCESS = ("certified", "certified_reason", "noise_generator", "torch_version", "dpkit_version")
 
 
 def plan_record(plan: Plan, *, certified: bool, caveats: list[str], target_epsilon: float | None) -> PlanRecord:
@@ -26,7 +26,11 @@ def plan_record(plan: Plan, *, certified: bool, caveats: list[str], target_epsil
         "mechanism": _words(plan.mechanism),
         "filters": [f"{filter_.update.__module__}.{filter_.update.__qualname__}" for filter_ in plan.filters],
         "target_epsilon": target_epsilon,
-        "noise_generator": "torch, seeded with 256 bits by the operating system; not cryptographic",
+        "noise_generator": (
+            "torch, seeded with 256 bits by the operating system; not cryptographic"
+            if certified
+            else "torch, seeded by the user; whoever knows the seed can repeat it; not cryptographic"
+        ),
         "certified": certified,
         "certified_reason": None if certified else "seeded: whoever knows the seed can remove the noise",
         "caveats": caveats,

@@ -18,7 +18,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from dpkit.callbacks import Callback, Setting, StepRecord
 from dpkit.errors import ConfigError
@@ -35,7 +36,7 @@ class MLflow(Callback):
       run_name: left out, MLflow makes one up.
       nonprivate: also log what is NOT PRIVATE.
     Raises:
-      ConfigError: MLflow is not installed.
+      ConfigError: MLflow is not installed, or cannot be logged to.
     """
 
     def __init__(
@@ -53,7 +54,8 @@ class MLflow(Callback):
         self.nonprivate = nonprivate
         self.run_id: str | None = None
         """Id of the MLflow run, once the engine is attached."""
-        self._client = mlflow.MlflowClient(tracking_uri=tracking_uri)
+        with _translated():
+            self._client = mlflow.MlflowClient(tracking_uri=tracking_uri)
         self._experiment = experiment
         self._run_name = run_name
         self._begun = 0
@@ -62,14 +64,15 @@ class MLflow(Callback):
     def on_begin(self, settings: Mapping[str, Setting]) -> None:
         from mlflow.entities import Param
 
-        found = self._client.get_experiment_by_name(self._experiment)
-        experiment = found.experiment_id if found is not None else self._client.create_experiment(self._experiment)
         self._begun = int(time.time() * 1000)  # before the first step, and therefore public
         tags = {"dpkit.nonprivate": str(self.nonprivate).lower(), "mlflow.note.content": _meaning(settings)}
-        run = self._client.create_run(experiment, start_time=self._begun, tags=tags, run_name=self._run_name)
-        self.run_id = run.info.run_id
         parameters = [Param(name, str(value)[:_LONGEST_PARAMETER]) for name, value in settings.items()]
-        self._client.log_batch(self.run_id, params=parameters)
+        with _translated():
+            found = self._client.get_experiment_by_name(self._experiment)
+            experiment = found.experiment_id if found is not None else self._client.create_experiment(self._experiment)
+            run = self._client.create_run(experiment, start_time=self._begun, tags=tags, run_name=self._run_name)
+            self.run_id = run.info.run_id
+            self._client.log_batch(self.run_id, params=parameters)
 
     def on_step(self, record: StepRecord) -> None:
         values = {"epsilon": record.epsilon, "charged": record.charged}
@@ -89,7 +92,8 @@ class MLflow(Callback):
             return
         charged, planned = (0, 1) if self._last is None else (self._last.charged, self._last.planned)
         status = "FINISHED" if charged >= planned else "KILLED"
-        self._client.set_terminated(self.run_id, status=status, end_time=self._begun + charged)
+        with _translated():
+            self._client.set_terminated(self.run_id, status=status, end_time=self._begun + charged)
         self.run_id = self._last = None
 
     def _log(self, record: StepRecord, values: Mapping[str, float]) -> None:
@@ -98,7 +102,8 @@ class MLflow(Callback):
         assert self.run_id is not None  # the engine calls on_begin first
         self._last = record
         metrics = [Metric(name, value, timestamp=record.charged, step=record.step) for name, value in values.items()]
-        self._client.log_batch(self.run_id, metrics=metrics)
+        with _translated():
+            self._client.log_batch(self.run_id, metrics=metrics)
 
 
 def _meaning(settings: Mapping[str, Setting]) -> str:
@@ -108,6 +113,20 @@ def _meaning(settings: Mapping[str, Setting]) -> str:
         if name in settings
     )
     return f"Trained by dpkit. epsilon is an upper bound at all charged steps; {rest}"
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    """MLflow's errors as ours: a server that is not there, an address of no known kind."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        raise ConfigError(
+            f"MLflow cannot be logged to ({' '.join(str(error).split())[:200]}). Check the tracking URI and its "
+            "server, or leave MLflow out; the run folder's metrics.jsonl has the same numbers."
+        ) from None
 
 
 def _stop_telemetry() -> None:

@@ -13,4 +13,5 @@ anchor are for that.
 
 from .model_card import privacy_md as privacy_md
 from .page import Written as Written
+from .page import stale as stale
 from .page import write_report as write_report

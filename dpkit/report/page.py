@@ -11,16 +11,19 @@ Not promised: that the two files are of one another's moment after a crash betwe
 
 from __future__ import annotations
 
+import html
 import importlib.util
 import json
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import dpkit
-from accounting import round_up_text
+from accounting import Ledger, round_up_text
 from accounting.statement import NEVER_COVERED
 from dpkit.errors import Refused
 from dpkit.run_folder import RunFolder
@@ -28,7 +31,7 @@ from dpkit.run_folder import RunFolder
 from . import model_card, plain_words, plots
 from .records import NonPrivateRecord, read_nonprivate
 from .safe_text import in_html
-from .summary import RunSummary, read
+from .summary import RunSummary, of_ledger, read
 
 Names = tuple[str, ...]
 PAGE: Names = ("report.html",)
@@ -86,8 +89,39 @@ def write_report(run: RunFolder, *, with_nonprivate: bool = False) -> Written:
     )
 
 
-def page_html(summary: RunSummary, appendix: Appendix | None = None) -> str:
-    """The page for ``summary``; with an ``appendix`` it is not private and says so in red."""
+def stale(run: RunFolder, ledger: Ledger) -> dict[Names, bool | None]:
+    """Which of the report's files say something else than ``ledger`` and the run's files give now.
+
+    Plots are not compared: another release of matplotlib draws other lines. None: it cannot be told without the extra.
+
+    Raises:
+      RunFolderError: a file of the run is damaged or cannot be read.
+    """
+    said = of_ledger(ledger)
+    found: dict[Names, bool | None] = {}
+    for names in (MODEL_CARD, PAGE):
+        if not run.exists(*names):
+            continue
+        there = run.read(*names).decode("utf-8", errors="replace")
+        if names == MODEL_CARD:
+            found[names] = there != model_card.render(*said)
+        elif importlib.util.find_spec("jinja2") is None:
+            found[names] = None
+        else:
+            title = re.search(r"Run <code>([^<]*)</code>", there)  # the folder may have another name by now
+            summary = replace(read(run, said), name=html.unescape(title[1]) if title else run.path.name)
+            # A line of the metrics that was cut off since changes no number of the page.
+            now = [page_html(replace(summary, metrics_torn=torn), drawn=False) for torn in (False, True)]
+            found[names] = _without_plots(there) not in map(_without_plots, now)
+    return found
+
+
+def page_html(summary: RunSummary, appendix: Appendix | None = None, *, drawn: bool = True) -> str:
+    """The page for ``summary``; with an ``appendix`` it is not private and says so in red.
+
+    Args:
+      drawn: False leaves the plots empty, which takes no matplotlib.
+    """
     import jinja2
     from markupsafe import Markup
 
@@ -105,6 +139,10 @@ def page_html(summary: RunSummary, appendix: Appendix | None = None) -> str:
         "percent": plain_words.percent,
         "short": lambda value: f"{value:.6g}",
     }
+
+    def plot(draw: Callable[[], str]) -> Markup:
+        return Markup(draw() if drawn else "<svg></svg>")
+
     template = resources.files("dpkit.report").joinpath("page.html").read_text(encoding="utf-8")
     stated = summary.statement
     groups = plots.evaluations(summary)
@@ -122,12 +160,12 @@ def page_html(summary: RunSummary, appendix: Appendix | None = None) -> str:
             # Of those that every statement has, plain_words says the same in more words.
             if caveat.startswith("Not covered: ") and caveat not in NEVER_COVERED
         ],
-        "epsilon_plot": Markup(plots.epsilon_curve(summary)) if stated.plans else None,
+        "epsilon_plot": plot(lambda: plots.epsilon_curve(summary)) if stated.plans else None,
         "budget_is_shown": bool(stated.plans) and plots.budget_is_shown(summary),
-        "accuracy_plot": Markup(plots.accuracy_curve(groups)) if groups else None,
+        "accuracy_plot": plot(lambda: plots.accuracy_curve(groups)) if groups else None,
         "evaluations": groups,
         "last_metrics": _last_metrics(summary),
-        "rate_plot": Markup(plots.learning_rate_curve(rates)) if len(rates) > 1 else None,
+        "rate_plot": plot(lambda: plots.learning_rate_curve(rates)) if len(rates) > 1 else None,
         "rates": rates,
         "version": dpkit.__version__,
         "json": json.dumps(stated.model_dump(mode="json"), indent=2, ensure_ascii=False),
@@ -135,6 +173,10 @@ def page_html(summary: RunSummary, appendix: Appendix | None = None) -> str:
         "nonprivate_plots": [] if appendix is None else [Markup(plot) for plot in _nonprivate_plots(appendix.records)],
     }
     return environment.from_string(template).render(values)
+
+
+def _without_plots(page: str) -> str:
+    return re.sub(r"<svg.*?</svg>", "", page, flags=re.DOTALL)
 
 
 def _require_extra() -> None:

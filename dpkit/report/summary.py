@@ -123,21 +123,29 @@ def read_ledger(run: RunFolder) -> tuple[Statement, tuple[PlanSummary, ...]]:
             "is no report. Train with `private: true` for one."
         )
     with Ledger.open(path, read_only=True) as ledger:
-        stated = accounting.statement(ledger)
-        records = {plan.plan_id: plan for plan, _ in ledger.plans()}
+        _check_result(run, ledger)
+        return of_ledger(ledger)
+
+
+def of_ledger(ledger: Ledger) -> tuple[Statement, tuple[PlanSummary, ...]]:
+    """What an open ledger says."""
+    stated = accounting.statement(ledger)
+    records = {plan.plan_id: plan for plan, _ in ledger.plans()}
     return stated, tuple(PlanSummary(records[plan.plan_id], plan) for plan in stated.plans)
 
 
-def read(run: RunFolder) -> RunSummary:
+def read(run: RunFolder, said: tuple[Statement, tuple[PlanSummary, ...]] | None = None) -> RunSummary:
     """The summary of ``run``.
 
+    Args:
+      said: what its ledger says, if somebody has it open; read from the folder when left out.
     Raises:
       RunFolderError: as :func:`read_ledger`, or a file of the run is damaged or cannot be read.
       LedgerError: the ledger is missing or cannot be trusted.
     """
     metrics, torn = read_metrics(run) if run.path.is_dir() else ([], False)
     # The ledger after the metrics: a run that goes on meanwhile has charged whatever it recorded.
-    stated, plans = read_ledger(run)
+    stated, plans = read_ledger(run) if said is None else said
     _check_age(run, metrics, plans)
     result = read_object(run, "result.json")
     try:
@@ -157,6 +165,17 @@ def read(run: RunFolder) -> RunSummary:
         model_sha256=digest if isinstance(digest, str) else None,
         steps_trained=trained,
     )
+
+
+def _check_result(run: RunFolder, ledger: Ledger) -> None:
+    """The ledger must hold the entry that the result was written at, or it is of another run."""
+    result = read_object(run, "result.json")
+    sequence, digest = result.get("anchor_sequence"), result.get("anchor_digest")
+    if sequence is None and digest is None:
+        return
+    if isinstance(sequence, bool) or not isinstance(sequence, int) or not isinstance(digest, str):
+        raise RunFolderError(f"{run.entry('result.json')} names no entry of a ledger. Put the file back as it was.")
+    ledger.check_anchor(sequence, digest)
 
 
 def _check_age(run: RunFolder, metrics: list[MetricsRecord], plans: tuple[PlanSummary, ...]) -> None:
