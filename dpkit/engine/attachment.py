@@ -256,7 +256,8 @@ class Attachment:
             record = self.step_record()
             for callback in self._callbacks:
                 callback.on_step(record)
-            self.tell_nonprivate({name: v for name, v in asdict(self.nonprivate).items() if v is not None})
+            counts = {name: count for name, count in asdict(self.nonprivate).items() if count is not None}
+            self._tell_nonprivate(record, counts)
 
     def clear_gradients(self) -> None:
         """No gradients until the next release: an optimizer step in between moves nothing."""
@@ -302,9 +303,11 @@ class Attachment:
 
     def tell_nonprivate(self, values: Mapping[str, float]) -> None:
         """Give the callbacks that asked for it what is not private."""
-        if listeners := [callback for callback in self._callbacks if callback.nonprivate]:
-            record = self.step_record()
-            for callback in listeners:
+        self._tell_nonprivate(self.step_record(), values)
+
+    def _tell_nonprivate(self, record: StepRecord, values: Mapping[str, float]) -> None:
+        for callback in self._callbacks:
+            if callback.nonprivate:
                 callback.on_nonprivate(record, values)
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
