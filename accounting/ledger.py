@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import threading
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
@@ -38,6 +39,8 @@ from .records import Budget, PlanRecord, Receipt, Spent
 from .rounding import as_typed, round_up_text
 from .tip import TipNote
 from .values import Name, Value
+
+_SALT_BYTES = 8
 
 
 class _Header(Value):
@@ -175,7 +178,9 @@ class Ledger:
                 self._admit(plan)
                 self._note.prepare()  # what is wrong with it is said before the charge, never after
                 step = self._charged.get(plan.plan_id, 0) + 1
-                charge = _encode("charge", {"plan_id": plan.plan_id, "step": step})
+                # The salt tells two histories apart that charge the same: copies of one ledger part ways at once.
+                salt = secrets.token_hex(_SALT_BYTES)
+                charge = _encode("charge", {"plan_id": plan.plan_id, "salt": salt, "step": step})
                 written = [charge] if step > 1 else [_encode("plan", plan.model_dump(mode="json")), charge]
                 return written
 

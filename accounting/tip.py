@@ -15,8 +15,6 @@ What it does not promise:
   * No note, no check: ledgers of the first version have none, and a note can be deleted.
   * Whoever puts note and ledger back together, as a copied folder does, is not noticed; nor is a forger, for it holds
     no secret. Against that, keep the ledger's anchor elsewhere.
-  * Equal charges are equal entries: an older copy that was charged for the same steps of the same plan elsewhere, and
-    is put back then, looks like the ledger whose place it takes.
 
 A note that is empty or has only zero bytes counts as none: a power cut leaves that of a file that was never synced.
 Anything else that is no note is refused. The record lies within the first 512 bytes, which a disk writes as a whole,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import shutil
 import sqlite3
 import tempfile
@@ -32,6 +33,8 @@ from dpkit.mechanisms import Gaussian, NoiseKey, RunKey
 from dpkit.types import ClippedSum, Named, Released
 
 from .subjects import Data, build, honest, loss_of
+
+_SALT = re.compile(r'"salt": ?"[0-9a-f]{16}", ?')  # random in every charge, whatever the data
 
 
 @dataclass(frozen=True)
@@ -320,7 +323,7 @@ def _close(
         trace.epsilon = engine.epsilon().upper
         told = engine.statement().model_dump(mode="json", exclude={"anchor_digest"})
         trace.statement = json.dumps(told, sort_keys=True).replace(trace.plan.plan_id, "PLAN")
-        entries = [entry.replace(trace.plan.plan_id, "PLAN") for entry in entries]
+        entries = [_SALT.sub("", entry.replace(trace.plan.plan_id, "PLAN")) for entry in entries]
         trace.refused_beyond = _refuses_one_more(engine.ledger, trace.plan)
     trace.ledger = entries
     engine.ledger.close()
