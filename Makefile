@@ -33,7 +33,8 @@ test-slow: $(VENV)/.slow
 	if [ $$code -eq 5 ]; then echo "make test-slow: no test is marked slow, nothing was run"; exit 0; fi; \
 	exit $$code
 
-lint: $(VENV)/.dev
+# The type checker looks into every package that is imported, so it wants those of the extra `log` as well.
+lint: $(VENV)/.slow
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/pyright --pythonpath $(BIN)/python
@@ -61,6 +62,6 @@ $(VENV)/.dev: $(VENV)/.made pyproject.toml constraints.txt
 	@touch $(VENV)/.demo $@
 
 $(VENV)/.slow: $(VENV)/.dev
-	@echo "installing what only the slow tests need"
+	@echo "installing what only the slow tests and the type checker need"
 	@$(INSTALL) ".[dev,log]"
 	@touch $@
