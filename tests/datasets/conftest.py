@@ -32,7 +32,7 @@ def publish(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Publish:
         for file, content in zip(files, contents, strict=True):
             path = tmp_path / "data" / f"{file.path}.gz"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(gzip.compress(content))
+            path.write_bytes(gzip.compress(content, mtime=0))
         return tmp_path / "data"
 
     return make

@@ -75,7 +75,7 @@ def everything_in(folder: Path) -> list[Path]:
 
 @pytest.mark.parametrize("ending", ["", ".gz"])
 def test_what_was_fetched_is_kept_as_it_came_and_can_be_read(server: Server, tmp_path: Path, ending: str):
-    server.pages = {f"/table.csv{ending}": gzip.compress(CONTENT) if ending else CONTENT}
+    server.pages = {f"/table.csv{ending}": gzip.compress(CONTENT, mtime=0) if ending else CONTENT}
     data = tmp_path / "new" / "data"
     file = replace(TABLE, url=f"{server.url}/table.csv{ending}")
     assert download(file, data) == data / f"tabular/small/table.csv{ending}"

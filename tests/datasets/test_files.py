@@ -25,7 +25,7 @@ TABLE = changed(File("tabular/small/table.csv", "", 0), CONTENT)
 def test_a_file_is_found_packed_or_not_in_its_folder_or_in_the_data_folder(tmp_path: Path, place: str):
     path = tmp_path / place
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(gzip.compress(CONTENT) if place.endswith(".gz") else CONTENT)
+    path.write_bytes(gzip.compress(CONTENT, mtime=0) if place.endswith(".gz") else CONTENT)
     assert find(TABLE, tmp_path) == (TABLE, path)
     assert read(TABLE, tmp_path) == CONTENT
 
@@ -55,12 +55,12 @@ def test_a_missing_file_and_a_missing_folder_are_named(tmp_path: Path):
 @pytest.mark.parametrize(
     ("name", "content", "named"),
     [
-        ("table.csv.gz", gzip.compress(CONTENT)[:-6], "table.csv.gz cannot be unpacked"),
-        ("table.csv.gz", gzip.compress(CONTENT)[:4], "cannot be unpacked"),
+        ("table.csv.gz", gzip.compress(CONTENT, mtime=0)[:-6], "table.csv.gz cannot be unpacked"),
+        ("table.csv.gz", gzip.compress(CONTENT, mtime=0)[:4], "cannot be unpacked"),
         ("table.csv.gz", b"", "not the published file"),
         ("table.csv.gz", CONTENT, "cannot be unpacked"),
         ("table.csv.gz", b"\x1f\x8b\x08\x00" + bytes(100), "cannot be unpacked"),
-        ("table.csv.gz", gzip.compress(b"one\nTWO\n"), "SHA-256 .* expected"),
+        ("table.csv.gz", gzip.compress(b"one\nTWO\n", mtime=0), "SHA-256 .* expected"),
         ("table.csv", b"one\nTWO\n", "SHA-256 .* expected"),
         ("table.csv", CONTENT[:-1], "SHA-256"),
         ("table.csv", CONTENT + b"\n", "more than the 8 bytes"),
@@ -73,14 +73,14 @@ def test_a_damaged_or_changed_file_is_refused_by_name(tmp_path: Path, name: str,
 
 
 def test_a_wrong_file_is_not_passed_over_for_a_right_one_elsewhere(tmp_path: Path):
-    (tmp_path / "table.csv.gz").write_bytes(gzip.compress(b"other"))
+    (tmp_path / "table.csv.gz").write_bytes(gzip.compress(b"other", mtime=0))
     (tmp_path / "table.csv").write_bytes(CONTENT)
     with pytest.raises(DataError, match=r"table.csv.gz is not the published file"):
         read(TABLE, tmp_path)
 
 
 def test_a_small_file_that_unpacks_to_a_huge_one_is_refused_without_unpacking_it(tmp_path: Path):
-    (tmp_path / "table.csv.gz").write_bytes(gzip.compress(bytes(60_000_000), 1))
+    (tmp_path / "table.csv.gz").write_bytes(gzip.compress(bytes(60_000_000), 1, mtime=0))
     tracemalloc.start()
     try:
         with pytest.raises(DataError, match="more than the 8 bytes"):
