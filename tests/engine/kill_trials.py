@@ -111,7 +111,7 @@ def main(root: Path, trials: int) -> int:
     folders = [root / "one", root / "two"]
     ledger = root / "ledger.sqlite"
     charges = releases = checkpoints = 0
-    longest = 3 * startup(root)
+    longest = 4 * startup(root)
     for trial in range(trials):
         children = [child(folder, ledger) for folder in folders[: 1 + trial % 2]]
         time.sleep(times.uniform(0, longest))
