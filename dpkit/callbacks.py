@@ -30,7 +30,8 @@ class StepRecord(NamedTuple):
       step: logical steps behind the parameters as they are now.
       charged: steps that the ledger has charged for this plan: more than ``step`` when steps were redone after a crash.
       planned: the plan's number of steps; the ledger charges no more than these.
-      epsilon: upper bound at ``charged`` steps, rounded up.
+      epsilon: upper bound at ``charged`` steps, rounded up; of this run alone. What a data set has spent over several
+        runs, the statement of its ledger says.
       delta: at which ``epsilon`` holds.
       learning_rate: of the optimizer's first parameter group.
     """

@@ -116,6 +116,9 @@ def epsilon(
     else:
         _print(answer)
     # Whether a run was stopped because of what was seen is not in its ledger, so the gate asks for all planned steps.
+    if max_epsilon is not None and answer.certified is False:
+        print_error("the run is NOT certified: its noise can be repeated and removed, so it keeps to no --max-epsilon.")
+        raise typer.Exit(BUDGET_EXCEEDED)
     if max_epsilon is not None and not answer.committed_epsilon <= max_epsilon:  # a NaN limit is not kept either
         print_error(
             f"the committed epsilon {answer.committed_epsilon:.4f} (at all planned steps) at delta "

@@ -60,6 +60,7 @@ def test_a_run_that_is_not_certified_says_so_everywhere(dpkit: Run, config: Writ
     assert (verified.code, checks(verified)["certified"]) == (0, "warning")
     assert dpkit("epsilon", run, "--json").json["certified"] is False
     assert "certified  NO" in dpkit("epsilon", run).out
+    assert dpkit("epsilon", run, "--max-epsilon", 100).code == 2
     assert "seeded with 256 bits by the operating system" not in dpkit("statement", run).out
     assert "seeded by the user" in dpkit("statement", run).out
 
