@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 import accounting
-from accounting import Ledger, Relation
+from accounting import Ledger, PlanRecord, Relation
 
 from .statement import ledger_path
 from .terminal import BUDGET_EXCEEDED, Debug, Json, out, print_error, print_json
@@ -30,7 +30,7 @@ class Answer:
       committed_epsilon: the same at all planned steps. If a run was stopped because of what was seen, this is the
         guarantee.
       lower, estimate: what the accountant knows besides; never to be reported as the guarantee.
-      certified: whether a run's noise was such that nobody can repeat it; None for numbers without a run.
+      certified: whether nobody can repeat the noise of the run; None where nothing says so, as for bare numbers.
     """
 
     epsilon: float
@@ -197,8 +197,16 @@ def from_ledger(run: Path) -> Answer:
         noise_multiplier="; ".join(dict.fromkeys(plan.noise_multiplier for plan in stated.plans)) or "none",
         steps=stated.data_accesses,
         source=str(path),
-        certified=stated.certified if plans else None,
+        certified=_certified([plan for plan, _ in plans]),
     )
+
+
+def _certified(plans: list[PlanRecord]) -> bool | None:
+    """Whether all plans say that their noise cannot be repeated; None if one of them does not say."""
+    said = [plan.facts.get("certified") for plan in plans]
+    if False in said:
+        return False
+    return True if said and all(word is True for word in said) else None
 
 
 def _print(answer: Answer) -> None:
