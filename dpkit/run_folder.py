@@ -124,7 +124,8 @@ class RunFolder:
         """Replaces the file as a whole; when this returns, it is on the disk.
 
         Raises:
-          RunFolderError: it could not be written; what was there before is still there.
+          RunFolderError: it could not be written; the file is the one before, or (when only the folder could not be
+            synced) the new one, whole.
         """
         path = self.entry(*names)
         temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
