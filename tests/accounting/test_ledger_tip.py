@@ -289,13 +289,15 @@ def test_nobody_is_refused_while_two_processes_charge(tmp_path):
     try:
         while not note_of(path).exists():
             assert [worker.poll() for worker in workers] == [None, None]
-        seen = [charged(path) for _ in range(3)]
-        assert [worker.poll() for worker in workers] == [None, None]
+        seen = [charged(path)]
+        while len(seen) < 3 or seen[0] == seen[-1]:  # a slow machine may read many times between two charges
+            seen.append(charged(path))
+            assert [worker.poll() for worker in workers] == [None, None]
     finally:
         for worker in workers:
             worker.kill()
             worker.wait()
-    assert seen == sorted(seen) and seen[0] < seen[-1] <= charged(path)
+    assert seen == sorted(seen) and seen[-1] <= charged(path)
     named = re.fullmatch(rb"entry (\d+), (\w+), crc32 \w+\n", note_of(path).read_bytes())
     assert named
     with Ledger.open(path) as ledger:
