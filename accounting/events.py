@@ -5,7 +5,10 @@ gets a new ``kind``, and an accountant that does not know a kind refuses it.
 
 ``noise_multiplier`` always means: standard deviation of the noise / L2 sensitivity of the sum, where the sensitivity
 is taken under the neighbouring relation of the plan (one record's clipping norm C for add-or-remove-one and zero-out,
-2C for replace-one).
+2C for replace-one).  Laplace noise has a scale and an L1 sensitivity instead; ``PureDP`` and ``ApproximateDP`` hold
+the epsilon and delta of their mechanism under that relation.
+
+Which events are private under which relation is written in ``normal_form.py``, in one place.
 """
 
 from __future__ import annotations
@@ -13,14 +16,18 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PrivateAttr, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, Field, PrivateAttr, TypeAdapter, ValidationError, model_validator
 
 from .errors import InvalidParameter, LedgerError, Unsupported
-from .values import Count, PositiveCount, PositiveFloat, Probability, Value, explain
+from .values import Count, Delta, PositiveCount, PositiveFloat, Probability, Value, _plain, explain
 
-EVENT_VERSION = 1
+EVENT_VERSION = 2
+"""1: Gaussian, Poisson, TruncatedPoisson, Repeated, Composed. 2: all others besides."""
 DEEPEST = 50
 """Most events inside one another: everything that reads an event, JSON parsers too, has a limit of its own."""
+
+
+_Finite = Annotated[float, BeforeValidator(_plain), Field(lt=1e100, strict=True, allow_inf_nan=False)]
 
 
 class Relation(StrEnum):
@@ -39,6 +46,89 @@ class Gaussian(Value):
 
     noise_multiplier: PositiveFloat
     kind: Literal["gaussian"] = "gaussian"
+
+
+class Laplace(Value):
+    """A sum over all records, released with Laplace noise whose scale is ``noise_multiplier`` times its L1 sensitivity.
+
+    Source: Dwork, McSherry, Nissim and Smith 2006, "Calibrating noise to sensitivity in private data analysis".
+    """
+
+    noise_multiplier: PositiveFloat
+    kind: Literal["laplace"] = "laplace"
+
+
+class ApproximateDP(Value):
+    """Any release that is (``epsilon``, ``delta``)-private, about which nothing else is known."""
+
+    epsilon: Annotated[_Finite, Field(ge=0)]
+    delta: Annotated[Probability, Field(lt=1)]
+    kind: Literal["approximate_dp"] = "approximate_dp"
+
+
+class PureDP(Value):
+    """Any release that is ``epsilon``-private; the same as ``ApproximateDP(epsilon, 0)``."""
+
+    epsilon: Annotated[_Finite, Field(ge=0)]
+    kind: Literal["pure_dp"] = "pure_dp"
+
+
+class MatrixMechanism(Value):
+    """A whole run with correlated noise: rows of ``G + C^-1 Z`` are released, one per step.
+
+    Row t of G is the sum that step t releases, C a fixed lower-triangular matrix and Z independent Gaussian noise.  The
+    rows of G may depend on what was released before (Denisov, McMahan, Rush, Smith and Guha Thakurta 2022,
+    https://arxiv.org/abs/2202.08312, theorem 2.1), so that all of it is one Gaussian release of ``C G``.
+
+    Attributes:
+      noise_multiplier: standard deviation of Z / sensitivity of one participation.
+      sensitivity: most that one record changes ``C G``, in sensitivities of one participation, under the pattern
+        below; ``accounting.matrix`` computes it.
+      min_separation: least number of steps between two participations of one record.
+      max_participations: most steps that one record takes part in.
+    """
+
+    noise_multiplier: PositiveFloat
+    sensitivity: PositiveFloat
+    min_separation: PositiveCount = 1
+    max_participations: PositiveCount = 1
+    kind: Literal["matrix_mechanism"] = "matrix_mechanism"
+
+
+class TruncatedNegativeBinomial(Value):
+    """Number of trials with ``P(K = k) ~ (1 - gamma)^k prod_{l<k} (l + shape)/(l + 1)``, k >= 1.
+
+    Source: Papernot and Steinke 2022, https://arxiv.org/abs/2110.03620, definition 1.
+
+    Attributes:
+      shape: eta > -1; 0 is the logarithmic law (where the product begins at l = 1), 1 the geometric one.
+      gamma: in (0, 1); the smaller, the more trials.
+    """
+
+    shape: Annotated[_Finite, Field(gt=-1)]
+    gamma: Delta
+    law: Literal["truncated_negative_binomial"] = "truncated_negative_binomial"
+
+
+class PoissonTrials(Value):
+    """A Poisson number of trials, 0 among them: then a fixed symbol is released."""
+
+    mean: PositiveFloat
+    law: Literal["poisson"] = "poisson"
+
+
+class BinomialTrials(Value):
+    """``count`` chances of a trial, each taken with ``probability``; if none is, a fixed symbol is released."""
+
+    count: PositiveCount
+    probability: Delta
+    law: Literal["binomial"] = "binomial"
+
+
+Trials = Annotated[
+    TruncatedNegativeBinomial | PoissonTrials | BinomialTrials,
+    Field(discriminator="law"),
+]
 
 
 class _Nested(Value):
@@ -77,6 +167,51 @@ class TruncatedPoisson(_Nested):
     kind: Literal["truncated_poisson"] = "truncated_poisson"
 
 
+class WithoutReplacement(_Nested):
+    """``event`` on a fresh uniform subset of exactly ``batch_size`` of the ``num_examples`` records (a public number).
+
+    For replace-one only, by advanced joint convexity (Balle, Barthe and Gaboardi 2018,
+    https://arxiv.org/abs/1807.01647, theorem 2).
+    """
+
+    batch_size: PositiveCount
+    num_examples: PositiveCount
+    event: Event
+    kind: Literal["without_replacement"] = "without_replacement"
+
+    @model_validator(mode="after")
+    def _fits(self) -> WithoutReplacement:
+        if self.batch_size > self.num_examples:
+            raise ValueError(
+                f"batch_size {self.batch_size} is above num_examples {self.num_examples}; draw fewer records"
+            )
+        return self
+
+
+class OnePass(_Nested):
+    """``event`` on each batch of one pass over the data: a record enters at most one of the releases.
+
+    The batches are fixed, or shuffled without looking at the data; their number and sizes are public.  Shuffling is
+    given no credit (Chua et al. 2024, https://arxiv.org/abs/2403.17673: it may reveal far more than Poisson sampling).
+    k epochs are ``Repeated(OnePass(event), k)``.
+    """
+
+    event: Event
+    kind: Literal["one_pass"] = "one_pass"
+
+
+class Select(_Nested):
+    """Run ``event`` a random number of times and release the best outcome only.
+
+    ``event`` is a whole training run with the computation of its score; the number of runs is drawn from ``trials``
+    before anything is looked at, and is not released.  ``accounting.selection`` states the conditions and the theorems.
+    """
+
+    event: Event
+    trials: Trials
+    kind: Literal["select"] = "select"
+
+
 class Repeated(_Nested):
     """``event`` run ``count`` times, each with fresh randomness; later runs may depend on earlier outputs."""
 
@@ -86,18 +221,29 @@ class Repeated(_Nested):
 
 
 class Composed(_Nested):
-    """All ``events`` one after the other. Inside a Poisson event: all of them on the same subsample."""
+    """All ``events`` one after the other. Inside a sampling event: all of them on the same subsample."""
 
     events: tuple[Event, ...]
     kind: Literal["composed"] = "composed"
 
 
 Event = Annotated[
-    Gaussian | Poisson | TruncatedPoisson | Repeated | Composed,
+    Gaussian
+    | Laplace
+    | ApproximateDP
+    | PureDP
+    | MatrixMechanism
+    | Poisson
+    | TruncatedPoisson
+    | WithoutReplacement
+    | OnePass
+    | Select
+    | Repeated
+    | Composed,
     Field(discriminator="kind"),
 ]
 
-for _recursive in (Poisson, TruncatedPoisson, Repeated, Composed):
+for _recursive in (Poisson, TruncatedPoisson, WithoutReplacement, OnePass, Select, Repeated, Composed):
     _recursive.model_rebuild()
 
 

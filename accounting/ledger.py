@@ -11,6 +11,14 @@ then joint Renyi or numerical accounting over plans is not a bound; the (epsilon
 "Composition theorems for interactive differential privacy", for plans that run at the same time).  The sum at the
 planned steps must stay within the budget when a plan makes its first charge; after that, a charge only counts.
 
+A budget with Renyi orders holds more plans.  A plan is then admitted if the Renyi filter for (epsilon, delta) of these
+orders, which were fixed with the ledger, holds all plans at their planned steps; no step is taken that was not held, so
+the filter's theorem covers the steps of all plans in the order in which they were taken (``privacy_filters.py``).  The
+first plan alone was fixed beforehand, and is reported at its own bound.  From the second on, what may be claimed is the
+budget, and no smaller number.  What the plans have used of it depends on what was released, since later plans were
+chosen by it: to claim the conversion of that, or of whichever order turned out best, is to choose the claim after
+looking.  (Were the plans found not to fit by better moments than those they were admitted by, the sum is reported.)
+
 The data set is known by the name that a person typed, never by a fingerprint of its content: a fingerprint would
 differ between neighbours.  What the file guarantees is written in ``chain.py``.
 
@@ -22,6 +30,7 @@ or could not be written.  Checkpoints and reports keep an anchor each, for :meth
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import threading
@@ -35,6 +44,7 @@ from .accountant import Bound, epsilon
 from .chain import Chain, Position
 from .errors import BudgetExceeded, InvalidParameter, LedgerError
 from .events import Event, Relation, Repeated
+from .privacy_filters import RenyiFilter
 from .records import Budget, PlanRecord, Receipt, Spent
 from .rounding import as_typed, round_up_text
 from .tip import TipNote
@@ -81,7 +91,9 @@ class Ledger:
                 "back. If it is truly lost, what was spent is unknown and its data must count as spent; for other "
                 "data, create a ledger of another name."
             )
-        first = _encode("header", _Header(dataset_name=dataset_name, budget=budget).model_dump(mode="json"))
+        header = _Header(dataset_name=dataset_name, budget=budget)
+        # Without defaults: a budget without orders stays readable for versions that know of none.
+        first = _encode("header", header.model_dump(mode="json", exclude_defaults=True))
         chain = Chain.create(Path(path), first, timeout=timeout)
         return cls(chain, chain.read(), note)
 
@@ -141,6 +153,7 @@ class Ledger:
 
         Raises:
           BudgetExceeded: the plan does not fit beside the plans that have begun, or all its steps are charged.
+          Unsupported: no accountant covers its event, or, with Renyi orders, it has no Renyi divergence.
           LedgerError: its unit or relation is not that of the first plan, or it is not the plan with this id.
         """
         with self._lock:
@@ -156,6 +169,7 @@ class Ledger:
 
         Raises:
           BudgetExceeded: the plan does not fit the budget, or all its planned steps are charged. Nothing was charged.
+          Unsupported: as :meth:`check`. Nothing was charged.
           LedgerError: the event is not the plan's, or the ledger cannot be trusted or written to. If the failure came
             while writing, the step may have been charged; no receipt exists, so nothing may be released.
 
@@ -167,7 +181,10 @@ class Ledger:
                 "new mechanism."
             )
         if plan.plan_id not in self._plans:
-            epsilon_of(plan, plan.steps)  # cached, so that nobody waits for the lock while it is computed
+            # Both are cached, so that nobody waits for the lock while they are computed.
+            epsilon_of(plan, plan.steps)
+            if self.budget.orders:
+                _held([plan], self.budget)
         with self._lock:
             self._heal()
             step, written = 0, []
@@ -202,7 +219,7 @@ class Ledger:
 
     def spent(self) -> Spent:
         """What the charges cost so far; see :class:`Spent` for what one plan and several plans mean."""
-        return cost_of(self.plans())
+        return cost_of(self.plans(), self.budget)
 
     def snapshot(self) -> tuple[list[tuple[PlanRecord, int]], int, str]:
         """(plans with their charges, sequence and digest of the last entry), all of one moment."""
@@ -294,8 +311,32 @@ class Ledger:
                     f"one {first.unit!r} under {first.relation.value}; their epsilons do not add up. Use the same, or "
                     "keep a second ledger and state both."
                 )
+        if self.budget.orders:
+            self._admit_by_filter(plan)
+        else:
+            self._admit_by_sum(plan)
+
+    def _admit_by_filter(self, plan: PlanRecord) -> None:
+        if plan.delta > self.budget.delta:
+            raise BudgetExceeded(
+                f"The plan's delta {plan.delta!r} is above the budget's {self.budget.delta!r} of "
+                f"{self.dataset_name!r}. Take a smaller delta."
+            )
+        try:
+            _hold([*self._plans.values(), plan], self.budget)
+        except BudgetExceeded as error:
+            raise BudgetExceeded(
+                f"The plan does not fit the budget of {self.dataset_name!r}, with {len(self._plans)} plans before it, "
+                f"all at their planned steps: {error}"
+            ) from None
+
+    def _admit_by_sum(self, plan: PlanRecord) -> None:
         earlier = [epsilon_of(known, known.steps).upper for known in self._plans.values()]
         own = epsilon_of(plan, plan.steps).upper
+        if math.isinf(own):
+            raise BudgetExceeded(
+                f"The plan has no finite epsilon at delta {plan.delta!r}. Take a larger delta, or another mechanism."
+            )
         if _total([*earlier, own]) > self.budget.epsilon:
             raise BudgetExceeded(
                 f"The plan costs epsilon {round_up_text(own)} and the plans before it "
@@ -378,11 +419,11 @@ def _total(numbers: Iterable[float]) -> float:
     return float(_exact_sum(numbers))
 
 
-def cost_of(plans: list[tuple[PlanRecord, int]]) -> Spent:
-    """What ``plans``, each with the number of its charges, cost together."""
+def cost_of(plans: list[tuple[PlanRecord, int]], budget: Budget) -> Spent:
+    """What ``plans``, each with the number of its charges, cost together in a ledger of this budget."""
     planned = [epsilon_of(plan, plan.steps) for plan, _ in plans]
     now = [epsilon_of(plans[0][0], plans[0][1])] if len(plans) == 1 else planned
-    return Spent(
+    spent = Spent(
         epsilon=_total(bound.upper for bound in now),
         delta=_total(plan.delta for plan, _ in plans),
         committed_epsilon=_total(bound.upper for bound in planned),
@@ -390,6 +431,27 @@ def cost_of(plans: list[tuple[PlanRecord, int]]) -> Spent:
         steps_charged=sum(charged for _, charged in plans),
         steps_planned=sum(plan.steps for plan, _ in plans),
     )
+    # One plan at a delta far below the budget's may cost more epsilon at it; both statements are true of it then.
+    unclear = len(plans) > 1 or spent.committed_epsilon > budget.epsilon
+    if budget.orders and unclear and _held([plan for plan, _ in plans], budget):
+        epsilon, delta = budget.epsilon, budget.delta
+        return spent._replace(epsilon=epsilon, delta=delta, committed_epsilon=epsilon, accountant="renyi_filter")
+    return spent
+
+
+def _held(plans: list[PlanRecord], budget: Budget) -> bool:
+    try:
+        _hold(plans, budget)
+    except BudgetExceeded:
+        return False
+    return True
+
+
+def _hold(plans: Iterable[PlanRecord], budget: Budget) -> None:
+    """Raises BudgetExceeded unless the budget's Renyi filter holds ``plans`` at their planned steps."""
+    kept = RenyiFilter(budget.epsilon, budget.delta, budget.orders)
+    for plan in plans:
+        kept.spend(Repeated(event=plan.event, count=plan.steps), plan.relation)
 
 
 def epsilon_of(plan: PlanRecord, steps: int) -> Bound:

@@ -6,10 +6,11 @@ import secrets
 import threading
 from typing import Annotated, NamedTuple
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
-from .errors import LedgerError
+from .errors import InvalidParameter, LedgerError
 from .events import Event, Relation
+from .privacy_filters import RenyiFilter
 from .values import Delta, Name, PositiveCount, PositiveFloat, Value
 
 # Whole numbers as JSON readers everywhere take them.
@@ -17,10 +18,31 @@ Fact = str | Annotated[int, Field(gt=-(2**63), lt=2**63)] | float | bool | None 
 
 
 class Budget(Value):
-    """What one data set may spend in all: the plans' epsilons and deltas may add up to this."""
+    """What one data set may spend in all.
+
+    Attributes:
+      epsilon, delta: without orders, the plans' epsilons and deltas may add up to this.
+      orders: Renyi orders, fixed here, before the first release. With them, a plan is admitted if a
+        :class:`~accounting.privacy_filters.RenyiFilter` of these orders for (epsilon, delta) holds all plans, which is
+        far more plans than adding up allows; ``best_order`` names a good one.
+
+    Raises:
+      InvalidParameter: an order for which no moments are tabulated, or that cannot give (epsilon, delta).
+    """
 
     epsilon: PositiveFloat
     delta: Delta
+    orders: tuple[PositiveFloat, ...] = ()
+
+    @field_validator("orders")
+    @classmethod
+    def _usable(cls, orders: tuple[float, ...], others: ValidationInfo) -> tuple[float, ...]:
+        if not orders or not {"epsilon", "delta"} <= others.data.keys():  # what is wrong with those is said first
+            return orders
+        try:
+            return RenyiFilter(others.data["epsilon"], others.data["delta"], orders).orders
+        except InvalidParameter as error:
+            raise ValueError(str(error).rstrip(".")) from None
 
 
 def _new_plan_id() -> str:
@@ -56,9 +78,9 @@ class Spent(NamedTuple):
 
     Attributes:
       epsilon, delta: one plan: at the charges so far. Several: the sum over plans at their planned steps, because
-        a later plan may have been chosen after seeing what an earlier one gave.
+        a later plan may have been chosen after seeing what an earlier one gave; with Renyi orders, the budget.
       committed_epsilon: at the planned steps. If a run was stopped because of what was seen, this is the guarantee.
-      accountant: which one gave the bound; several are joined by "+".
+      accountant: which one gave the bound; several are joined by "+"; "renyi_filter" for the budget itself.
       steps_charged, steps_planned: over all plans.
     """
 

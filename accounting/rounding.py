@@ -36,7 +36,7 @@ def round_up_text(x: float, digits: int = 6) -> str:
 
 def as_typed(x: float) -> Fraction:
     """The exact value of the shortest decimal that means ``x``: of 0.1 one tenth, not the double next to it."""
-    return Fraction(repr(x))
+    return Fraction(repr(float(x)))
 
 
 def _number(x: float) -> float:

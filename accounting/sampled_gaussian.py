@@ -60,6 +60,7 @@ FRACTIONAL = np.unique(
 FRACTIONAL = FRACTIONAL[np.round(FRACTIONAL) != FRACTIONAL]
 INTEGER = np.unique(np.concatenate([np.arange(2, 65), np.round(np.geomspace(64, 1e4, 48)), [128, 256, 512, 1024]]))
 ORDERS: Vector = np.sort(np.concatenate([FRACTIONAL, INTEGER]))
+UP_TO_LAST: Vector = np.arange(INTEGER[-1] + 1)
 
 _RELATIVE_SLACK = 1e-9
 _LONGEST_GRID = 8_000
@@ -72,20 +73,25 @@ def log_moment_excess(noise_multiplier: float, rate: float) -> Vector:
         result = log_expm1(ORDERS * (ORDERS - 1) / 2 * noise_multiplier**-2) + _RELATIVE_SLACK
     else:
         rate = max(rate, 1e-100)  # moments grow with the rate; below this, squares would underflow
-        integer = _at_integers(noise_multiplier, rate)
+        integer = at_integers(log_expm1(UP_TO_LAST * (UP_TO_LAST - 1) / 2 * noise_multiplier**-2), rate)
         fractional = _at_fractions(noise_multiplier, rate)
-        if fractional is None:
-            fractional = _by_chords(integer)
-        result = np.empty_like(ORDERS)
-        result[np.searchsorted(ORDERS, INTEGER)] = integer
-        result[np.searchsorted(ORDERS, FRACTIONAL)] = fractional
+        result = with_fractions(integer, by_chords(integer) if fractional is None else fractional)
     result.setflags(write=False)
     return result
 
 
+def with_fractions(integer: Vector, fractional: Vector) -> Vector:
+    """One value for every order of ``ORDERS`` from those at ``INTEGER`` and at ``FRACTIONAL``."""
+    result = np.empty_like(ORDERS)
+    result[np.searchsorted(ORDERS, INTEGER)] = integer
+    result[np.searchsorted(ORDERS, FRACTIONAL)] = fractional
+    return result
+
+
 def log_expm1(x: Vector) -> Vector:
-    """log(e^x - 1) for x > 0, without overflow."""
-    return x + np.log(-np.expm1(-x))
+    """log(e^x - 1) for x >= 0, without overflow; -inf at 0."""
+    with np.errstate(divide="ignore"):
+        return x + np.log(-np.expm1(-x))
 
 
 def log1p_exp(x: Vector) -> Vector:
@@ -104,11 +110,9 @@ def _binomials() -> tuple[NDArray[np.int64], NDArray[np.int64], Vector, NDArray[
     return alpha, k, log_factorial[alpha] - log_factorial[k] - log_factorial[alpha - k], starts
 
 
-def _at_integers(noise_multiplier: float, rate: float) -> Vector:
+def at_integers(growth: Vector, rate: float) -> Vector:
+    """log(A - 1) at ``INTEGER`` by the exact sum; ``growth[k]`` is log(A(k) - 1) without sampling, k = 0, 1, ..."""
     alpha, k, log_binomial, starts = _binomials()
-    every = np.arange(INTEGER[-1] + 1)
-    with np.errstate(divide="ignore", invalid="ignore"):  # k = 0 and 1 contribute nothing and are never looked up
-        growth = log_expm1(every * (every - 1) / 2 * noise_multiplier**-2)
     terms = log_binomial + (alpha - k) * math.log1p(-rate) + k * math.log(rate) + growth[k]
     largest = np.maximum.reduceat(terms, starts)
     total = np.add.reduceat(np.exp(terms - np.repeat(largest, INTEGER.astype(np.int64) - 1)), starts)
@@ -162,7 +166,7 @@ def _log_sum(terms: Vector) -> float:
     return largest + math.log(float(np.sum(np.exp(terms - largest))))
 
 
-def _by_chords(integer: Vector) -> Vector:
-    """Upper bounds between integers from the convexity of log A in alpha, where log A(1) = 0."""
+def by_chords(integer: Vector) -> Vector:
+    """Upper bounds at ``FRACTIONAL`` from the convexity of log A in alpha, where log A(1) = 0."""
     chord = np.interp(FRACTIONAL, np.concatenate([[1.0], INTEGER]), np.concatenate([[0.0], log1p_exp(integer)]))
     return log_expm1(chord) + _RELATIVE_SLACK

@@ -6,13 +6,13 @@ Epsilon is an upper bound, rounded up, and never stands without delta, unit, rel
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable
 
+from . import descriptions
 from .accountant import DESCRIPTIONS
-from .events import Event, Gaussian, Poisson, Relation, TruncatedPoisson
+from .events import Relation
 from .ledger import Ledger, cost_of, epsilon_of
-from .normal_form import Atom, normal_form
-from .records import Budget, PlanRecord
+from .normal_form import normal_form
+from .records import Budget, PlanRecord, Spent
 from .rounding import round_up, round_up_text
 from .values import Value
 
@@ -78,7 +78,7 @@ class Statement(Value):
             f"  accountant: {self.accountant}",
             f"  committed: epsilon <= {self.committed_epsilon:.4f} at all planned steps; if a run was stopped because "
             "of what was seen, this is the guarantee",
-            f"  budget: epsilon {self.budget.epsilon!r}, delta {self.budget.delta!r}",
+            f"  budget: {_budget(self.budget)}",
             f"  data accesses: {self.data_accesses}",
         ]
         for plan in self.plans:
@@ -102,7 +102,7 @@ def statement(ledger: Ledger) -> Statement:
     """
     # Of one moment: the anchor of a run that goes on must not be newer than the charges beside it.
     charges, sequence, digest = ledger.snapshot()
-    spent = cost_of(charges)
+    spent = cost_of(charges, ledger.budget)
     plans = tuple(_plan_statement(plan, charged) for plan, charged in charges)
     records = [plan for plan, _ in charges]
     doubts = list(dict.fromkeys(plan.certified_reason for plan in plans if not plan.certified))
@@ -119,10 +119,34 @@ def statement(ledger: Ledger) -> Statement:
         data_accesses=spent.steps_charged,
         certified=not doubts,
         certified_reason="; ".join(doubts or [plan.certified_reason for plan in plans[:1]] or ["nothing was released"]),
-        caveats=tuple(dict.fromkeys(caveat for record in records for caveat in _caveats(record, len(records)))),
+        caveats=tuple(
+            dict.fromkeys(caveat for record in records for caveat in _caveats(record, _together(records, spent)))
+        ),
         anchor_sequence=sequence,
         anchor_digest=digest,
     )
+
+
+def _budget(budget: Budget) -> str:
+    orders = ", ".join(f"{order:g}" for order in budget.orders)
+    kept = f", kept by a Renyi filter of order {orders}" if orders else ""
+    return f"epsilon {budget.epsilon!r}, delta {budget.delta!r}{kept}"
+
+
+def _together(records: list[PlanRecord], spent: Spent) -> list[str]:
+    """How several runs are counted together."""
+    if len(records) < 2:
+        return []
+    if spent.accountant == "renyi_filter":
+        return [
+            "Several runs used this data; the budget, fixed before the first of them, is the guarantee for all of them "
+            "together. No smaller number may be claimed, since later runs may have been chosen after seeing earlier "
+            "ones."
+        ]
+    return [
+        "Several runs used this data; their epsilons and deltas at the planned steps are added, since later runs may "
+        "have been chosen after seeing earlier ones."
+    ]
 
 
 def _progress(plan: PlanStatement) -> str:
@@ -150,8 +174,9 @@ def _plan_statement(plan: PlanRecord, charged: int) -> PlanStatement:
         epsilon=round_up(epsilon_of(plan, charged).upper),
         committed_epsilon=round_up(epsilon_of(plan, plan.steps).upper),
         delta=plan.delta,
-        noise_multiplier=_each(plan.event, _noise),
-        sampling=_each(plan.event, _sampling) + (f" ({facts['sampling']})" if facts.get("sampling") else ""),
+        noise_multiplier=descriptions.each(plan.event, descriptions.noise),
+        sampling=descriptions.each(plan.event, descriptions.sampling)
+        + (f" ({facts['sampling']})" if facts.get("sampling") else ""),
         max_grad_norm=str(facts.get("max_grad_norm", "not stated")),
         noise_generator=str(facts.get("noise_generator", "not stated")),
         steps_charged=charged,
@@ -171,39 +196,15 @@ def _default_reason(certified: object) -> str:
     return "the run did not say whether it is certified"
 
 
-def _each(event: Event, describe: Callable[[Atom], str]) -> str:
-    """One step's atoms in words; a step of one atom, the usual case, without its count."""
-    atoms = normal_form(event)
-    return " + ".join(describe(atom) + (f" ({count} times)" if count > 1 else "") for atom, count in atoms) or "none"
-
-
-def _noise(atom: Atom) -> str:
-    inner = atom if isinstance(atom, Gaussian) else atom.event
-    return f"{inner.noise_multiplier:.6g}" if isinstance(inner, Gaussian) else str(inner)
-
-
-def _sampling(atom: Atom) -> str:
-    match atom:
-        case Gaussian():
-            return "none, all units in every step"
-        case Poisson(sample_rate=rate):
-            return f"Poisson, rate {rate:.6g}"
-        case TruncatedPoisson(sample_rate=rate, cap=cap):
-            return f"Poisson, rate {rate:.6g}, larger draws cut to {cap} units and charged as such"
-
-
-def _caveats(plan: PlanRecord, plans: int) -> list[str]:
+def _caveats(plan: PlanRecord, together: list[str]) -> list[str]:
     found = []
     if plan.delta * plan.num_examples >= 1:
         found.append(
             f"WARNING: delta = {round_up_text(plan.delta)} is not below 1/N = {1 / plan.num_examples:.3g}; "
             "publishing one unit at random would satisfy such a delta. Choose delta well below 1/N."
         )
-    if plans > 1:
-        found.append(
-            "Several runs used this data; their epsilons and deltas at the planned steps are added, since later runs "
-            "may have been chosen after seeing earlier ones."
-        )
+    found += together
+    found += [caveat for atom, _ in normal_form(plan.event) for caveat in descriptions.caveats(atom)]
     generator = str(plan.facts.get("noise_generator", "not stated"))
     if generator == "not stated" or "not cryptographic" in generator:
         found.append(f"Noise generator: {generator}. The guarantee assumes that nobody can predict its output.")

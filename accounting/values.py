@@ -90,6 +90,19 @@ def check_epsilon(epsilon: float) -> float:
     return _inside("epsilon", epsilon, -math.ulp(0.0), math.inf, "finite and not negative")
 
 
+def check_tolerance(tolerance: float | None) -> float | None:
+    """``tolerance`` as a float in (0, inf), or None; else InvalidParameter."""
+    return None if tolerance is None else _inside("tolerance", tolerance, 0.0, math.inf, "finite and above 0")
+
+
+def check_count(name: str, number: Any) -> int:
+    """``number`` as a whole number from 0 to 2^53, or InvalidParameter."""
+    number = _plain(number)
+    if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < 2**53:
+        raise InvalidParameter(f"{name} = {shown(number)}: it must be a whole number from 0 to 2^53.")
+    return number
+
+
 def _inside(name: str, number: Any, low: float, high: float, rule: str) -> float:
     number = _plain(number)
     try:

@@ -59,5 +59,5 @@ def choose_mechanism(
 def _gaussians(record: PlanRecord) -> list[Gaussian]:
     """The Gaussian mechanisms in the event of one step."""
     atoms = [atom for atom, _ in accounting.normal_form(record.event)]
-    inner = [atom if isinstance(atom, accounting.Gaussian) else atom.event for atom in atoms]
+    inner = [atom if isinstance(atom, accounting.Gaussian) else getattr(atom, "event", None) for atom in atoms]
     return [Gaussian(event.noise_multiplier) for event in inner if isinstance(event, accounting.Gaussian)]

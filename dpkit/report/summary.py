@@ -13,6 +13,7 @@ from fractions import Fraction
 
 import accounting
 from accounting import Ledger, PlanRecord, PlanStatement, Statement
+from accounting.events import ApproximateDP, Gaussian, Laplace, Poisson, TruncatedPoisson, WithoutReplacement
 from accounting.rounding import as_typed
 from dpkit.errors import LedgerError, RunFolderError
 from dpkit.run_folder import RunFolder
@@ -22,6 +23,7 @@ from .records import MetricsRecord, number, read_metrics, read_object
 LEDGER = "ledger.sqlite"
 
 _NOISE_SEED = re.compile(r"(noise_seed[\"']?[ \t]*:[ \t]*)([^\s,}#]+)")
+_BY_FILTER = "what the Renyi filter of the ledger admits"
 _SEED_LEFT_OUT = "(left out: with it a reader could remove the noise)"
 
 
@@ -43,10 +45,14 @@ class PlanSummary:
         stored = self.record.facts.get("expected_batch_size")
         if isinstance(stored, float | int) and not isinstance(stored, bool):
             return float(stored)
-        atoms = accounting.normal_form(self.record.event)
-        if len(atoms) != 1:
-            return None
-        return getattr(atoms[0][0], "sample_rate", 1.0) * self.record.num_examples
+        match accounting.normal_form(self.record.event):
+            case [(Poisson() | TruncatedPoisson() as sampled, _)]:
+                return sampled.sample_rate * self.record.num_examples
+            case [(WithoutReplacement() as sampled, _)]:
+                return float(sampled.batch_size)
+            case [(Gaussian() | Laplace() | ApproximateDP(), _)]:
+                return float(self.record.num_examples)
+        return None
 
     @property
     def delta_is_too_large(self) -> bool:
@@ -97,12 +103,16 @@ class RunSummary:
     @property
     def epsilon_left(self) -> str:
         """What further plans may cost, rounded down."""
+        if self.statement.budget.orders:
+            return _BY_FILTER
         left = as_typed(self.statement.budget.epsilon) - as_typed(self.statement.committed_epsilon)
         return str(_decimal(max(left, Fraction(0))).quantize(Decimal("0.0001"), rounding=ROUND_FLOOR))
 
     @property
     def delta_left(self) -> str:
         """What the deltas of further plans may add up to, rounded down."""
+        if self.statement.budget.orders:
+            return _BY_FILTER
         left = as_typed(self.statement.budget.delta) - sum(as_typed(plan.record.delta) for plan in self.plans)
         return f"{float(Context(prec=6, rounding=ROUND_FLOOR).plus(_decimal(max(left, Fraction(0))))):.6g}"
 

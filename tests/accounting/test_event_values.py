@@ -1,4 +1,4 @@
-"""Events, budgets and plans: checked when made, equal by content, the same after JSON; normal form."""
+"""Events, budgets and plans: checked when made, equal by content, the same after JSON."""
 
 from __future__ import annotations
 
@@ -8,24 +8,32 @@ import sys
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import accounting
-from accounting import (
-    Budget,
+from accounting import Budget, InvalidParameter, LedgerError, PlanRecord, Unsupported, normal_form
+from accounting.events import (
+    ApproximateDP,
+    BinomialTrials,
     Composed,
     Gaussian,
-    InvalidParameter,
-    LedgerError,
-    PlanRecord,
+    Laplace,
+    MatrixMechanism,
+    OnePass,
     Poisson,
+    PoissonTrials,
+    PureDP,
     Relation,
     Repeated,
+    Select,
+    TruncatedNegativeBinomial,
     TruncatedPoisson,
-    Unsupported,
+    WithoutReplacement,
     event_from_json,
     event_to_json,
-    normal_form,
 )
+from accounting.normal_form import atoms_under
 
 EVENTS = [
     Gaussian(1.0),
@@ -34,7 +42,55 @@ EVENTS = [
     Repeated(Poisson(0.5, Composed((Gaussian(1.0), Gaussian(8.0)))), 1000),
     Composed(()),
     Composed((Repeated(Gaussian(3), 0), Poisson(1, Gaussian(2)))),
+    Laplace(2.5),
+    ApproximateDP(0.3, 1e-7),
+    PureDP(0.0),
+    Poisson(0.01, Composed((Gaussian(1.0), PureDP(0.1)))),
+    WithoutReplacement(500, 50_000, Gaussian(1.0)),
+    Repeated(OnePass(Gaussian(4.0)), 3),
+    MatrixMechanism(2.0, 3.5, 64, 16),
+    MatrixMechanism(2.0, 3.5),
+    Select(Repeated(Poisson(0.01, Gaussian(1.0)), 100), TruncatedNegativeBinomial(0, 0.1)),
+    Select(Gaussian(1.0), TruncatedNegativeBinomial(-0.5, 0.1)),
+    Select(Gaussian(1.0), PoissonTrials(10.0)),
+    Select(Select(Gaussian(1.0), BinomialTrials(10, 0.5)), PoissonTrials(1.0)),
 ]
+
+
+def made(make, *fields):
+    return st.tuples(*fields).map(lambda values: make(*values))
+
+
+multipliers = st.floats(1e-99, 1e99, exclude_min=True)
+shares = st.floats(0.0, 1.0)
+inside = st.floats(0.0, 1.0, exclude_min=True, exclude_max=True)
+epsilons = st.floats(0.0, 1e99)
+counts = st.integers(1, 2**53 - 1)
+plain = st.one_of(
+    made(Gaussian, multipliers),
+    made(Laplace, multipliers),
+    made(ApproximateDP, epsilons, st.floats(0.0, 1.0, exclude_max=True)),
+    made(PureDP, epsilons),
+    made(MatrixMechanism, multipliers, multipliers, counts, counts),
+)
+laws = st.one_of(
+    made(TruncatedNegativeBinomial, st.floats(-1.0, 1e99, exclude_min=True), inside),
+    made(PoissonTrials, multipliers),
+    made(BinomialTrials, counts, inside),
+)
+events = st.recursive(
+    plain,
+    lambda inner: st.one_of(
+        made(Poisson, shares, inner),
+        made(TruncatedPoisson, shares, counts, counts, inner),
+        made(lambda size, more, event: WithoutReplacement(size, size + more, event), *[st.integers(1, 9)] * 2, inner),
+        made(OnePass, inner),
+        made(Select, inner, laws),
+        made(Repeated, inner, counts),
+        made(lambda parts: Composed(tuple(parts)), st.lists(inner, max_size=3)),
+    ),
+    max_leaves=8,
+)
 
 
 def nested(depth):
@@ -42,6 +98,20 @@ def nested(depth):
     for _ in range(depth):
         event = Composed((event,))
     return event
+
+
+def test_every_nesting_event_counts_towards_the_depth():
+    for wrap in (
+        OnePass,
+        lambda event: Select(event, PoissonTrials(1.0)),
+        lambda event: WithoutReplacement(1, 2, event),
+        lambda event: Poisson(0.5, event),
+        lambda event: TruncatedPoisson(0.5, 1, 2, event),
+        lambda event: Repeated(event, 2),
+    ):
+        wrap(nested(49))
+        with pytest.raises(InvalidParameter, match="at most 50 deep"):
+            wrap(nested(50))
 
 
 def test_the_deepest_event_still_goes_through_everything(tmp_path):
@@ -80,6 +150,32 @@ def test_an_event_is_the_same_after_json(event):
     assert hash(event_from_json(event_to_json(event))) == hash(event)
 
 
+@given(event=events)
+@settings(derandomize=True, max_examples=200, deadline=None)
+def test_any_event_is_the_same_after_json(event):
+    assert event_from_json(event_to_json(event)) == event
+
+
+@given(event=events, relation=st.sampled_from(Relation))
+@settings(derandomize=True, max_examples=300, deadline=None)
+def test_any_event_has_atoms_or_a_typed_error(event, relation):
+    try:
+        atoms = atoms_under(event, relation)
+    except (Unsupported, InvalidParameter) as error:
+        assert str(error).endswith(".")
+    else:
+        kinds = {
+            "gaussian",
+            "laplace",
+            "approximate_dp",
+            "poisson",
+            "truncated_poisson",
+            "without_replacement",
+            "select",
+        }
+        assert all(atom.kind in kinds and 1 <= count < 2**53 for atom, count in atoms)
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -104,6 +200,25 @@ def test_an_event_is_the_same_after_json(event):
         lambda: Repeated(Gaussian(1.0), -1),
         lambda: Repeated(Gaussian(1.0), 1.5),
         lambda: Composed((Gaussian(1.0), 3)),
+        lambda: Laplace(0.0),
+        lambda: ApproximateDP(-0.1, 0.0),
+        lambda: ApproximateDP(float("inf"), 0.0),
+        lambda: ApproximateDP(1.0, 1.0),
+        lambda: ApproximateDP(1.0, -1e-9),
+        lambda: PureDP(float("nan")),
+        lambda: WithoutReplacement(0, 10, Gaussian(1.0)),
+        lambda: WithoutReplacement(11, 10, Gaussian(1.0)),
+        lambda: MatrixMechanism(1.0, 0.0),
+        lambda: MatrixMechanism(1.0, 1.0, 0),
+        lambda: OnePass(TruncatedNegativeBinomial(1.0, 0.1)),
+        lambda: Select(Gaussian(1.0), 20),
+        lambda: Select(Gaussian(1.0), Gaussian(1.0)),
+        lambda: TruncatedNegativeBinomial(-1.0, 0.1),
+        lambda: TruncatedNegativeBinomial(1.0, 0.0),
+        lambda: TruncatedNegativeBinomial(1.0, 1.0),
+        lambda: PoissonTrials(0.0),
+        lambda: BinomialTrials(0, 0.5),
+        lambda: BinomialTrials(10, 1.0),
         lambda: Budget(0.0, 1e-5),
         lambda: Budget(1.0, 0.0),
         lambda: Budget(1.0, 1.0),
@@ -119,12 +234,19 @@ def test_an_event_is_the_same_after_json(event):
     ],
 )
 def test_a_wrong_number_raises_one_typed_error_that_names_the_class(make):
-    with pytest.raises(InvalidParameter, match=r"^(Gaussian|Poisson|Truncated|Repeated|Composed|Budget|PlanRecord)"):
+    with pytest.raises(InvalidParameter, match=r"^[A-Z][A-Za-z]+([.:]| = | takes )"):
         make()
+
+
+def test_a_batch_larger_than_the_data_names_both_numbers_and_the_way_out():
+    with pytest.raises(InvalidParameter, match="batch_size 11 is above num_examples 10; draw fewer"):
+        WithoutReplacement(11, 10, Gaussian(1.0))
 
 
 def test_numpy_numbers_are_numbers():
     assert Repeated(Gaussian(np.float32(0.5)), np.int64(3)) == Repeated(Gaussian(0.5), 3)
+    assert ApproximateDP(np.float32(0.5), np.float64(0.25)) == ApproximateDP(0.5, 0.25)
+    assert TruncatedNegativeBinomial(np.int64(0), np.float32(0.5)) == TruncatedNegativeBinomial(0.0, 0.5)
 
 
 def test_values_are_frozen():
@@ -133,15 +255,25 @@ def test_values_are_frozen():
 
 
 def test_a_newer_version_and_an_unknown_kind_are_unsupported():
-    newer = json.loads(event_to_json(EVENTS[1])) | {"version": 2}
-    with pytest.raises(Unsupported, match="Upgrade"):
+    newer = json.loads(event_to_json(EVENTS[1])) | {"version": 3}
+    with pytest.raises(Unsupported, match="version 3; this package reads up to 2. Upgrade"):
         event_from_json(json.dumps(newer))
     for text in (
-        '{"version":1,"event":{"kind":"laplace","scale":1}}',
-        '{"version":1,"event":{"kind":"poisson","sample_rate":0.1,"event":{"kind":"laplace","scale":1}}}',
+        '{"version":2,"event":{"kind":"staircase","scale":1}}',
+        '{"version":2,"event":{"kind":"poisson","sample_rate":0.1,"event":{"kind":"staircase","scale":1}}}',
+        '{"version":2,"event":{"kind":"select","event":{"kind":"gaussian","noise_multiplier":1},'
+        '"trials":{"law":"staircase"}}}',
     ):
-        with pytest.raises(Unsupported, match="laplace"):
+        with pytest.raises(Unsupported, match="staircase"):
             event_from_json(text)
+
+
+def test_what_the_first_version_wrote_is_read():
+    text = (
+        '{"version":1,"event":{"event":{"sample_rate":0.01,"cap":600,"max_examples":50000,'
+        '"event":{"noise_multiplier":1.1,"kind":"gaussian"},"kind":"truncated_poisson"},"count":7,"kind":"repeated"}}'
+    )
+    assert event_from_json(text) == Repeated(TruncatedPoisson(0.01, 600, 50_000, Gaussian(1.1)), 7)
 
 
 @pytest.mark.parametrize(
@@ -151,38 +283,6 @@ def test_a_newer_version_and_an_unknown_kind_are_unsupported():
 def test_text_that_is_no_event_is_refused(text):
     with pytest.raises(LedgerError):
         event_from_json(text)
-
-
-def test_counts_multiply_and_equal_atoms_merge():
-    step = Poisson(0.1, Gaussian(1.0))
-    nested = Composed((Repeated(Repeated(step, 3), 4), Gaussian(5.0), step, Repeated(step, 0)))
-    assert normal_form(nested) == [(step, 13), (Gaussian(5.0), 1)]
-
-
-def test_queries_on_one_batch_become_one_gaussian():
-    together = Poisson(0.1, Composed((Gaussian(1.0), Repeated(Gaussian(2.0), 4))))
-    assert normal_form(together) == [(Poisson(0.1, Gaussian(0.5**0.5)), 1)]
-
-
-def test_full_rate_is_no_sampling_and_rate_zero_is_nothing():
-    assert normal_form(Poisson(1.0, Gaussian(2.0))) == [(Gaussian(2.0), 1)]
-    assert normal_form(Repeated(Poisson(0.0, Gaussian(2.0)), 9)) == []
-    assert normal_form(Poisson(0.5, Composed(()))) == []
-
-
-def test_a_cap_that_cannot_be_reached_cuts_nothing():
-    assert normal_form(TruncatedPoisson(0.1, 11, 10, Gaussian(1.0))) == [(Poisson(0.1, Gaussian(1.0)), 1)]
-    assert normal_form(TruncatedPoisson(0.1, 10, 10, Gaussian(1.0)))[0][0].kind == "truncated_poisson"
-
-
-def test_sampling_inside_sampling_is_unsupported():
-    with pytest.raises(Unsupported, match="poisson around"):
-        normal_form(Poisson(0.1, Repeated(Poisson(0.1, Gaussian(1.0)), 2)))
-
-
-def test_what_is_no_event_has_no_normal_form():
-    with pytest.raises(InvalidParameter):
-        normal_form("gaussian")
 
 
 def test_importing_accounting_loads_neither_torch_nor_the_slow_parts_of_scipy():

@@ -83,7 +83,7 @@ def test_epsilon_spent_is_that_of_the_charges_and_committed_that_of_the_plan(led
         ledger.charge(p, EVENT)
     spent = ledger.spent()
     assert spent.epsilon == cost(plan(steps=3)) and spent.committed_epsilon == cost(p)
-    assert (spent.delta, spent.accountant, spent.steps_charged, spent.steps_planned) == (1e-6, "rdp", 3, 20)
+    assert (spent.delta, spent.accountant, spent.steps_charged, spent.steps_planned) == (1e-6, "prv", 3, 20)
 
 
 def test_one_charge_more_than_planned_is_refused_and_charges_nothing(ledger):

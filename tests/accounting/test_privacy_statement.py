@@ -110,7 +110,16 @@ def test_epsilon_never_stands_without_its_meaning(ledger):
         ledger.charge(p, p.event)
     said = statement(ledger)
     text = " ".join(str(said).split())
-    for part in ("digits", "1e-06", "example", "add or remove one", "Poisson, rate 0.01", "Renyi", "1.1", "4 of 10"):
+    for part in (
+        "digits",
+        "1e-06",
+        "example",
+        "add or remove one",
+        "Poisson, rate 0.01",
+        "privacy loss",
+        "1.1",
+        "4 of 10",
+    ):
         assert part in text
     for part in ("drawn by the engine", "philox", "1.5", "60000", "CERTIFIED: YES", "committed", "hyperparameter"):
         assert part in text

@@ -296,5 +296,5 @@ def test_the_statement_names_everything_that_epsilon_depends_on(tmp_path: Path) 
     engine, model, optimizer, loader = attach(tmp_path)
     train(engine, model, optimizer, loader, epochs=2)
     text = str(engine.statement())
-    for word in ("epsilon", "delta", "example", "add", "Poisson", "Renyi", "12"):
+    for word in ("epsilon", "delta", "example", "add", "Poisson", "privacy loss", "12"):
         assert word.lower() in text.lower(), (word, text)

@@ -32,7 +32,7 @@ FIELDS = {
     "Final output": "every checkpoint and every metric",
     "Unit of privacy": "one example",
     "Neighbouring relation": "zero out one",
-    "Accounting": "Renyi DP",
+    "Accounting": "privacy loss distribution",
     "Assumptions": "dpkit draws the batches, clips, and adds the noise itself",
     "Formal statement": "at all planned steps",
     "Size and delta": "6.96 times smaller than 1/N",
