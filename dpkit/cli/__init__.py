@@ -1,4 +1,4 @@
-"""The command line: ``dpkit demo | init | train | epsilon | statement | report | verify``.
+"""The command line; ``dpkit --help`` lists the commands.
 
 torch is loaded where something is trained.
 """

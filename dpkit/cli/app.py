@@ -1,34 +1,61 @@
-"""The ``dpkit`` command: one line per subcommand, and Typer's own usage errors mapped to exit code 1."""
+"""The ``dpkit`` command: one word per subcommand, and Typer's own usage errors mapped to exit code 1.
+
+A subcommand is loaded when it is asked for: most of the time of a short answer goes into imports.
+"""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
-from .demo import demo
-from .epsilon import epsilon
-from .init import init
-from .report import report
-from .statement import statement
 from .terminal import INTERRUPTED, WRONG_INPUT, print_error, reported
-from .train import train
-from .verify import verify
 
 # Newer releases of Typer carry click inside themselves, older ones use the installed one. BadParameter is public in
 # both, and its first base is the class of every usage error.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
+# Each is the function of this name in the module of this name.
+_COMMANDS = (
+    "demo",
+    "init",
+    "train",
+    "epsilon",
+    "compare",
+    "calibrate",
+    "curve",
+    "tune-leak",
+    "statement",
+    "report",
+    "verify",
+)
+
+
+class _Commands(TyperGroup):
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in _COMMANDS:
+            return None
+        name = cmd_name.replace("-", "_")
+        alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+        alone.command(cmd_name)(reported(getattr(importlib.import_module(f".{name}", __package__), name)))
+        return typer.main.get_command(alone)
+
+
 app = typer.Typer(
     name="dpkit",
+    cls=_Commands,
     help="Train with differential privacy, and say what was spent.",
-    epilog="Exit codes: 0 done, 1 wrong input or usage, 2 a budget is exceeded, 4 a ledger cannot be verified or a "
-    "file contradicts it, 130 and 143 stopped by a signal.",
+    epilog="Exit codes: 0 done, 1 wrong input or usage, 2 a budget is exceeded, 4 a ledger cannot be verified, a "
+    "file contradicts it, or a library contradicts an epsilon, 130 and 143 stopped by a signal.",
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for _command in (demo, init, train, epsilon, statement, report, verify):
-    app.command()(reported(_command))
 
 
 @app.callback(invoke_without_command=True)

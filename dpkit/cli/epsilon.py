@@ -1,24 +1,29 @@
 """``dpkit epsilon``: epsilon of a planned training run from its numbers, or of a finished one from its ledger.
 
 The value is an upper bound, rounded up, and comes with delta, unit, relation, sampling and accountant. From numbers, it
-holds for training that really samples, clips and adds noise in this way, as ``dpkit train`` does; shuffled batches are
-not Poisson batches.
+holds for training that really samples, clips and adds noise in this way, as ``dpkit train`` does. Shuffled batches are
+not Poisson batches: theirs is the guarantee without amplification, and what Poisson batches would have given stands
+beside it under a name that nobody can take for the guarantee.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import typer
 
 import accounting
-from accounting import Ledger, PlanRecord, Relation
+from accounting import Bound, Event, Ledger, PlanRecord, Unsupported
 
 from .statement import ledger_path
 from .terminal import BUDGET_EXCEEDED, Debug, Json, out, print_error, print_json
+from .training_run import Numbers, RunPath, TrainingRun, from_numbers, refuse_beside_ledger, takes_numbers
+
+IF_POISSON = "epsilon_if_poisson_NOT_A_GUARANTEE"
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,7 @@ class Answer:
       committed_epsilon: the same at all planned steps. If a run was stopped because of what was seen, this is the
         guarantee.
       lower, estimate: what the accountant knows besides; never to be reported as the guarantee.
+      slack: how far the upper bound, before it was rounded, lies above ``lower``.
       certified: whether nobody can repeat the noise of the run; None where nothing says so, as for bare numbers.
     """
 
@@ -45,28 +51,17 @@ class Answer:
     noise_multiplier: str
     steps: int
     source: str
+    slack: float
     certified: bool | None = None
 
 
+@takes_numbers
 def epsilon(
-    run: Annotated[
-        Path | None, typer.Argument(help="A run folder or a ledger file; left out, the options describe the run.")
-    ] = None,
+    run: RunPath = None,
     *,
-    noise_multiplier: Annotated[
-        float | None, typer.Option(help="Standard deviation of the noise / L2 sensitivity under the relation.")
-    ] = None,
-    sample_rate: Annotated[
-        float | None, typer.Option(help="Poisson probability of each example in each step; 1 is the full batch.")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="Number of optimizer steps.")] = None,
-    delta: Annotated[float | None, typer.Option(help="Choose it well below 1 / number of examples.")] = None,
-    relation: Annotated[Relation, typer.Option(help="Which data sets are neighbours.")] = Relation.ADD_REMOVE,
-    cap: Annotated[
-        int | None, typer.Option(help="Largest batch, if larger draws are cut (max_physical_batch_size).")
-    ] = None,
-    max_examples: Annotated[
-        int | None, typer.Option(help="Upper bound of the data set's size; goes with --cap.")
+    numbers: Numbers,
+    accountant: Annotated[
+        str | None, typer.Option(help="Ask one accountant by name; left out, the best of those that apply answers.")
     ] = None,
     max_epsilon: Annotated[
         float | None,
@@ -79,90 +74,70 @@ def epsilon(
     debug: Debug = False,
 ) -> None:
     """Compute epsilon from numbers, or from the ledger of a run."""
-    numbers = {
-        "--noise-multiplier": noise_multiplier,
-        "--sample-rate": sample_rate,
-        "--steps": steps,
-        "--delta": delta,
-    }
-    given = [name for name, value in numbers.items() if value is not None]
+    more: dict[str, Any] = {}
+    caveats: tuple[str, ...] = ()
     if run is not None:
-        extra = given + [
-            name for name, value in (("--cap", cap), ("--max-examples", max_examples)) if value is not None
-        ]
-        if extra:
-            raise typer.BadParameter(
-                f"{', '.join(extra)}: a ledger has its own numbers; give either it or the options."
-            )
+        refuse_beside_ledger([*numbers.given(), *(["--accountant"] if accountant is not None else [])])
         answer = from_ledger(run)
-    elif noise_multiplier is None or sample_rate is None or steps is None or delta is None:
-        missing = ", ".join(name for name in numbers if name not in given)
-        raise typer.BadParameter(f"missing {missing}; or give a run folder as the argument.")
-    elif (cap is None) != (max_examples is None):
-        raise typer.BadParameter("--cap and --max-examples go together: the cut depends on both.")
     else:
-        answer = _from_numbers(
-            noise_multiplier=noise_multiplier,
-            sample_rate=sample_rate,
-            steps=steps,
-            delta=delta,
-            relation=relation,
-            cap=cap,
-            max_examples=max_examples,
-        )
+        described = from_numbers(numbers)
+        answer = answer_of(described, epsilon_of(described, accountant))
+        caveats = described.caveats
+        if described.if_poisson is not None:
+            more[IF_POISSON] = _if_poisson(described)
+        more["caveats"] = list(caveats)
 
     if json_output:
-        print_json(asdict(answer) | ({} if max_epsilon is None else {"max_epsilon": max_epsilon}))
+        print_json(asdict(answer) | more | ({} if max_epsilon is None else {"max_epsilon": max_epsilon}))
     else:
-        _print(answer)
+        print_answer(answer)
+        if IF_POISSON in more:
+            _print_if_poisson(more[IF_POISSON], answer)
+        print_caveats(caveats)
     # Whether a run was stopped because of what was seen is not in its ledger, so the gate asks for all planned steps.
     if max_epsilon is not None and answer.certified is False:
         print_error("the run is NOT certified: its noise can be repeated and removed, so it keeps to no --max-epsilon.")
         raise typer.Exit(BUDGET_EXCEEDED)
     if max_epsilon is not None and not answer.committed_epsilon <= max_epsilon:  # a NaN limit is not kept either
         print_error(
-            f"the committed epsilon {answer.committed_epsilon:.4f} (at all planned steps) at delta "
+            f"the committed epsilon {shown(answer.committed_epsilon)} (at all planned steps) at delta "
             f"{accounting.round_up_text(answer.delta)} is above --max-epsilon {max_epsilon}."
         )
         raise typer.Exit(BUDGET_EXCEEDED)
 
 
-def _from_numbers(
-    *,
-    noise_multiplier: float,
-    sample_rate: float,
-    steps: int,
-    delta: float,
-    relation: Relation,
-    cap: int | None,
-    max_examples: int | None,
-) -> Answer:
-    noise = accounting.Gaussian(noise_multiplier=noise_multiplier)
-    if cap is not None and max_examples is not None:
-        event = accounting.TruncatedPoisson(sample_rate=sample_rate, cap=cap, max_examples=max_examples, event=noise)
-        sampling = f"Poisson, rate {sample_rate:.6g}, of at most {max_examples} examples, larger draws cut to {cap}"
-    elif sample_rate == 1:
-        event = noise
-        sampling = "none, all examples in every step"
-    else:
-        event = accounting.Poisson(sample_rate=sample_rate, event=noise)
-        sampling = f"Poisson, rate {sample_rate:.6g}"
-    bound = accounting.epsilon(accounting.Repeated(event=event, count=steps), delta, relation=relation)
+def epsilon_of(run: TrainingRun, accountant: str | None = None) -> Bound:
+    """The bound of all steps of ``run``, by the accountant of that name or by the best."""
+    return accounting.epsilon(run.event, run.delta, relation=run.relation, by=cast(Any, accountant))
+
+
+def answer_of(run: TrainingRun, bound: Bound) -> Answer:
+    """``bound``, which is of the whole ``run``, with all that it means."""
     upper = accounting.round_up(bound.upper)
     return Answer(
         epsilon=upper,
         committed_epsilon=upper,
         lower=bound.lower,
         estimate=bound.estimate,
-        delta=delta,
-        unit="example",
-        relation=relation.value,
-        sampling=sampling,
+        delta=run.delta,
+        unit=run.unit,
+        relation=run.relation.value,
+        sampling=run.sampling,
         accountant=bound.accountant,
-        noise_multiplier=f"{noise_multiplier:g}",
-        steps=steps,
-        source="numbers",
+        noise_multiplier=run.noise_multiplier,
+        steps=run.steps,
+        source=run.source,
+        slack=bound.upper - bound.lower,
     )
+
+
+def _if_poisson(run: TrainingRun) -> float | None:
+    """What Poisson batches would have given; None under a relation without a theorem for them."""
+    try:
+        bound = accounting.epsilon(cast(Event, run.if_poisson), run.delta, relation=run.relation)
+    except Unsupported:
+        return None
+    return accounting.round_up(bound.upper)
 
 
 def from_ledger(run: Path) -> Answer:
@@ -175,15 +150,16 @@ def from_ledger(run: Path) -> Answer:
     with Ledger.open(path, read_only=True) as ledger:
         stated = accounting.statement(ledger)
         plans = ledger.plans()
-        accountant = ledger.spent().accountant
+        spent = ledger.spent()
     lower = estimate = 0.0
     if len(plans) == 1:
         [(plan, charged)] = plans
         event = accounting.Repeated(event=plan.event, count=charged)
         lower, estimate, _, _ = accounting.epsilon(event, plan.delta, relation=plan.relation)
     elif plans:
-        # Plans that may have been chosen after one another: their sum is the bound, and nothing is known from below.
-        estimate = math.fsum(plan.committed_epsilon for plan in stated.plans)
+        # Plans that may have been chosen after one another: their sum (or the budget of a filter) is the bound, and
+        # nothing is known from below.
+        estimate = stated.committed_epsilon
     return Answer(
         epsilon=stated.epsilon,
         committed_epsilon=stated.committed_epsilon,
@@ -193,10 +169,11 @@ def from_ledger(run: Path) -> Answer:
         unit=stated.unit,
         relation=plans[0][0].relation.value if plans else "none",
         sampling="; ".join(dict.fromkeys(plan.sampling for plan in stated.plans)) or "none",
-        accountant=accountant,
+        accountant=spent.accountant,
         noise_multiplier="; ".join(dict.fromkeys(plan.noise_multiplier for plan in stated.plans)) or "none",
         steps=stated.data_accesses,
         source=str(path),
+        slack=spent.epsilon - lower,
         certified=_certified([plan for plan, _ in plans]),
     )
 
@@ -209,25 +186,70 @@ def _certified(plans: list[PlanRecord]) -> bool | None:
     return True if said and all(word is True for word in said) else None
 
 
-def _print(answer: Answer) -> None:
-    delta = accounting.round_up_text(answer.delta)
-    out.print(f"epsilon <= {answer.epsilon:.4f} at delta = {delta}", style="bold", markup=False, soft_wrap=True)
+def print_answer(answer: Answer) -> None:
+    """Epsilon for people, and under it everything that gives it a meaning."""
+    say(f"epsilon <= {shown(answer.epsilon)} at delta = {accounting.round_up_text(answer.delta)}", style="bold")
     if answer.committed_epsilon > answer.epsilon:
-        out.print(
-            f"  committed  epsilon <= {answer.committed_epsilon:.4f} at all planned steps: the guarantee if somebody\n"
-            "             stopped the run because of what was seen",
-            markup=False,
-            soft_wrap=True,
+        say(
+            f"  committed  epsilon <= {shown(answer.committed_epsilon)} at all planned steps: the guarantee if "
+            "somebody\n             stopped the run because of what was seen"
         )
+    print_meaning(answer)
+
+
+def print_meaning(answer: Answer) -> None:
+    """Everything but epsilon and delta."""
+    known = f"lower {shown_below(answer.lower)}, estimate {answer.estimate:.6g}, slack {answer.slack:.2g}"
     rows = {
         "unit": f"one {answer.unit}",
         "relation": answer.relation,
         "sampling": answer.sampling,
         "noise": f"multiplier {answer.noise_multiplier}, {answer.steps} steps",
-        "accountant": f"{answer.accountant} (lower {answer.lower:.4f}, estimate {answer.estimate:.4f})",
+        "accountant": f"{answer.accountant} ({known})",
         "source": answer.source,
     }
     if answer.certified is not None:
         rows["certified"] = "yes" if answer.certified else "NO: the noise can be repeated, so the guarantee is void"
     for name, text in rows.items():
-        out.print(f"  {name:<11}{text}", markup=False, soft_wrap=True)
+        say(f"  {name:<11}{text}")
+
+
+def print_caveats(caveats: Iterable[str]) -> None:
+    """What must be read with a guarantee."""
+    for caveat in caveats:
+        say(f"  - {caveat}", style="yellow")
+
+
+def say(text: str, style: str | None = None) -> None:
+    """Text for people on stdout, as it is."""
+    out.print(text, style=style, markup=False, soft_wrap=True)
+
+
+def shown(epsilon: float) -> str:
+    """An epsilon with four decimals, rounded up; one that was rounded up before stays what it is."""
+    return _rounded(epsilon, ROUND_CEILING)
+
+
+def shown_below(lower: float) -> str:
+    """A lower bound with four decimals, rounded down."""
+    return _rounded(lower, ROUND_FLOOR)
+
+
+def _rounded(x: float, rounding: str) -> str:
+    if x >= 1e9:  # decimals mean nothing there
+        return accounting.round_up_text(x) if rounding == ROUND_CEILING else f"{x * (1 - 1e-5):.6g}"
+    return str(Decimal(repr(float(x))).quantize(Decimal("0.0001"), rounding=rounding))
+
+
+def _print_if_poisson(value: float | None, answer: Answer) -> None:
+    if value is None:
+        say(
+            "  if batches were Poisson (NOT this run): no number, since no theorem here covers Poisson batches under "
+            f"{answer.relation}"
+        )
+        return
+    say(
+        f"  if batches were Poisson (NOT this run): epsilon <= {shown(value)} at delta = "
+        f"{accounting.round_up_text(answer.delta)}, relation {answer.relation}. This is NOT A GUARANTEE.",
+        style="yellow",
+    )

@@ -242,7 +242,7 @@ def _sampler_problems(plan: PlanRecord) -> Iterator[str]:
             if event.max_examples != plan.num_examples:
                 yield f"truncation is charged for at most {event.max_examples} units, and N is {plan.num_examples}"
         case _:
-            yield f"the sampler is {said}, and what was charged, {event!r}, does not sample"
+            yield f"the sampler is {said}, and what was charged is {event!r}"
             return
     if _call(said) != (type(event).__name__, sampler):
         yield f"the sampler is {said}, and what was charged is {event!r}"

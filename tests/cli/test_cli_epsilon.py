@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sqlite3
 import subprocess
@@ -11,11 +12,13 @@ from pathlib import Path
 import pytest
 
 import accounting
+from dpkit.cli.epsilon import shown, shown_below
 
 from .conftest import Run
 
 NUMBERS = ("--noise-multiplier", "1.1", "--sample-rate", "0.01", "--steps", "100", "--delta", "1e-5")
-FIELDS = {"epsilon", "committed_epsilon", "lower", "estimate", "delta", "unit", "relation", "sampling", "accountant"}
+MEANING = {"delta", "unit", "relation", "sampling", "accountant"}
+FIELDS = MEANING | {"epsilon", "committed_epsilon", "lower", "estimate", "slack"}
 
 
 def test_numbers_give_the_accountants_bound_with_all_that_it_means(dpkit: Run):
@@ -30,6 +33,7 @@ def test_numbers_give_the_accountants_bound_with_all_that_it_means(dpkit: Run):
     assert done.json["lower"] <= done.json["estimate"] <= done.json["epsilon"]
     assert (done.json["delta"], done.json["unit"], done.json["relation"]) == (1e-5, "example", "add_remove")
     assert done.json["sampling"] == "Poisson, rate 0.01"
+    assert done.json["slack"] == bound.upper - bound.lower
 
 
 def test_epsilon_is_never_printed_without_its_meaning(dpkit: Run):
@@ -56,6 +60,57 @@ def test_replace_one_of_sampled_batches_is_refused_with_a_reason(dpkit: Run):
     assert done.code == 1
     assert done.out == ""
     assert done.err.startswith("error: ")
+
+
+def test_one_accountant_can_be_asked_by_name(dpkit: Run):
+    done = dpkit("epsilon", *NUMBERS, "--accountant", "rdp", "--json")
+    assert done.json["accountant"] == "rdp"
+    assert done.json["epsilon"] >= dpkit("epsilon", *NUMBERS, "--json").json["epsilon"]
+    refused = dpkit("epsilon", *NUMBERS, "--accountant", "abacus")
+    assert refused.code == 1
+    assert "abacus" in refused.err and "rdp" in refused.err
+
+
+SHUFFLED = ("--noise-multiplier", "0.7", "--sample-rate", "0.001", "--steps", "1000", "--delta", "1e-6")
+
+
+@pytest.mark.parametrize("sampling", ["shuffled", "fixed-order"])
+def test_a_loader_that_shuffles_gets_the_guarantee_and_poisson_under_another_name(dpkit: Run, sampling: str):
+    done = dpkit("epsilon", *SHUFFLED, "--sampling", sampling, "--json").json
+    # ACCOUNTING.md 6.3: 7.37 without amplification, at least 7.31 in truth, and 0.98 if batches were Poisson.
+    assert done["epsilon"] == pytest.approx(7.37, abs=0.005)
+    assert done["epsilon_if_poisson_NOT_A_GUARANTEE"] == pytest.approx(0.98, abs=0.005)
+    assert (done["relation"], done["accountant"]) == ("zero_out", "gaussian")
+    assert "1 pass" in done["sampling"] and "no amplification" in done["sampling"]
+    text = dpkit("epsilon", *SHUFFLED, "--sampling", sampling).out
+    assert text.startswith("epsilon <= 7.3")
+    assert "if batches were Poisson (NOT this run): epsilon <= " in text
+    assert "NOT A GUARANTEE" in text
+
+
+def test_poisson_batches_have_no_second_number(dpkit: Run):
+    done = dpkit("epsilon", *NUMBERS, "--json")
+    assert not any("NOT_A_GUARANTEE" in name for name in done.json)
+
+
+def test_shuffled_batches_under_replace_one_have_no_poisson_number(dpkit: Run):
+    done = dpkit("epsilon", *SHUFFLED, "--sampling", "shuffled", "--relation", "replace_one", "--json").json
+    assert done["epsilon"] == pytest.approx(7.37, abs=0.005)
+    assert done["epsilon_if_poisson_NOT_A_GUARANTEE"] is None
+
+
+def test_shuffled_batches_under_add_remove_are_refused_with_the_way_out(dpkit: Run):
+    done = dpkit("epsilon", *SHUFFLED, "--sampling", "shuffled", "--relation", "add_remove")
+    assert (done.code, done.out) == (1, "")
+    assert "zero_out" in done.err
+
+
+def test_a_delta_that_publishing_one_example_would_satisfy_is_warned_of(dpkit: Run):
+    many, few = (
+        dpkit("epsilon", *NUMBERS, "--num-examples", size, "--json").json["caveats"] for size in (100_000, 99_999)
+    )
+    assert len(many) == 1 and "1/N" in many[0]
+    assert few == []
 
 
 @pytest.mark.parametrize(("limit", "code"), [("100", 0), ("0.01", 2), ("nan", 2)])
@@ -101,6 +156,8 @@ def test_a_delta_is_printed_rounded_up(dpkit: Run):
         ("epsilon", "--noise-multiplier", "x", *NUMBERS[2:]),
         ("epsilon", *NUMBERS, "--no-such-option"),
         ("epsilon", *NUMBERS, "--relation", "sideways"),
+        ("epsilon", *NUMBERS, "--sampling", "shuffle"),
+        ("epsilon", "somewhere", "--accountant", "rdp"),
         ("epsilon", "somewhere", *NUMBERS),
         ("no-such-command",),
         ("statement",),
@@ -130,6 +187,7 @@ def test_the_statement_says_everything_in_both_forms(dpkit: Run, trained: Path):
     assert stated["epsilon"] <= 3.0
     assert stated["delta"] == 1e-4
     assert stated["certified"] is True
+    assert dpkit("statement", trained / "ledger.sqlite", "--json").json == stated
     text = dpkit("statement", trained).out
     for word in ("epsilon", "delta = 0.0001", "unit: one example", "relation: ", "Poisson", "accountant", "CERTIFIED"):
         assert word in text
@@ -190,12 +248,38 @@ def test_the_shell_sees_the_exit_codes(dpkit_process: Run):
     assert dpkit_process("statement", "nowhere").code == 4
 
 
-@pytest.mark.parametrize("arguments", [("epsilon", *NUMBERS), ("statement", "RUN"), ("init", "example.yaml")])
-def test_commands_that_only_count_do_not_load_torch(tmp_path: Path, trained: Path, arguments: tuple[str, ...]):
-    words = [str(trained) if word == "RUN" else word for word in arguments]
+def test_commands_that_only_count_load_neither_torch_nor_each_other(tmp_path: Path, trained: Path):
+    commands = {
+        "epsilon": NUMBERS,
+        "calibrate": ("--target-epsilon", "1", *NUMBERS[2:]),
+        "curve": (*NUMBERS[:4], "--steps", "3", *NUMBERS[6:]),
+        "tune-leak": (*NUMBERS, "--grid", "2"),
+        "statement": (str(trained),),
+        "init": ("example.yaml",),
+    }
     code = (
-        f"import sys; from dpkit.cli import main; code = main({words!r}); print('torch' in sys.modules); sys.exit(code)"
+        "import json, sys; from dpkit.cli import main; found = []\n"
+        f"for name, words in {commands!r}.items():\n"
+        "    assert main([name, *words]) == 0\n"
+        "    found.append([name, *sorted({'torch', 'matplotlib', 'opacus', 'yaml'} & sys.modules.keys())])\n"
+        "print(json.dumps(found))"
     )
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
-    assert done.stdout.splitlines()[-1] == "False"
+    found = json.loads(done.stdout.splitlines()[-1])
+    # The last one reads what it wrote.
+    assert found == [[name] for name in commands if name != "init"] + [["init", "yaml"]]
+
+
+@pytest.mark.parametrize(
+    ("value", "above", "below"),
+    [
+        (7.3727, "7.3727", "7.3727"),
+        (1.13552, "1.1356", "1.1355"),
+        (0.0, "0.0000", "0.0000"),
+        (1e-12, "0.0001", "0.0000"),
+    ],
+)
+def test_bounds_are_rounded_to_their_own_side(value: float, above: str, below: str):
+    assert (shown(value), shown_below(value)) == (above, below)
+    assert shown(float(above)) == above

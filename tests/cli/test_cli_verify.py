@@ -84,7 +84,7 @@ def test_epsilon_is_never_printed_without_its_meaning(dpkit, run: Path):
     for name in ("unit", "relation", "sampling", "accountant", "dataset_name", "anchor_digest"):
         assert said[name]
     text = " ".join(dpkit("verify", run).out.split())
-    for part in ("delta = 0.0001", "unit: one example", "relation: zero_out", "sampling: Poisson", "accountant: rdp"):
+    for part in ("delta = 0.0001", "unit: one example", "relation: zero_out", "sampling: Poisson", "accountant: prv"):
         assert part in text
     assert "verified" in text and "NOT VERIFIED" not in text
 
@@ -415,7 +415,7 @@ TAMPERED: dict[str, tuple[Damage, set[str]]] = {
     "a smaller epsilon in the report": (replaced("report.html", "3.0000", "0.3000"), {"report.html: text"}),
     "a certified report": (replaced("report.html", "Certified", "Certified by everybody"), {"report.html: text"}),
     "another accountant": (
-        replaced("result.json", '"accountant": "rdp"', '"accountant": "PRV"'),
+        replaced("result.json", '"accountant": "prv"', '"accountant": "RDP"'),
         {"result.json: epsilon"},
     ),
     "no ledger": (lambda run: (run / "ledger.sqlite").unlink(), {"hash chain"}),
