@@ -148,6 +148,7 @@ class _Search:
     def crossing(self, over: float, under: float) -> float:
         """About where epsilon meets the target, between x with too much of it and x with little enough."""
         (a, b) = ((math.log(x), self._gap(x)) for x in (over, under))
+        kept = 0  # the end that stayed in the step before: its value is halved if it stays again (Illinois rule)
         for _ in range(40):
             share = a[1] / (a[1] - b[1]) if math.isfinite(a[1]) and math.isfinite(b[1]) else 0.5
             place = a[0] + min(0.95, max(0.05, share)) * (b[0] - a[0])
@@ -155,9 +156,9 @@ class _Search:
             if abs(found[1]) < 2e-3 or abs(a[0] - b[0]) < 1e-6:
                 return math.exp(place)
             if found[1] > 0:
-                a, b = found, (b[0], b[1] / 2)
+                a, b, kept = found, (b[0], b[1] / 2 if kept == 1 else b[1]), 1
             else:
-                a, b = (a[0], a[1] / 2), found
+                a, b, kept = (a[0], a[1] / 2 if kept == -1 else a[1]), found, -1
         return under
 
     def _gap(self, x: float) -> float:

@@ -71,7 +71,11 @@ def caveats(atom: Atom) -> list[str]:
             private = f"({round_up_text(epsilon)}, {round_up_text(delta)})-private"
             return [f"Assumed: one of the releases is {private}, as the plan says; how it was made is not known here."]
         case OnePass():
-            return ["No amplification: batches are shuffled or fixed, and count as if each unit's place were known."]
+            return [
+                "No amplification: batches are shuffled or fixed, and count as if each unit's place were known.",
+                "Assumed: order, borders and number of batches do not depend on the data (nothing is sorted by length, "
+                "say), and no unit comes twice in a pass.",
+            ]
         case MatrixMechanism():
             return [
                 "No amplification: correlated noise was accounted for a fixed order of the units.",

@@ -386,7 +386,8 @@ def _panels(part: _Continuous, rate: float, h: float) -> Iterator[_Nodes]:
         inner = inner[(inner > part.low) & (inner < part.high)]
     # Exponentials are smoother than Gaussians.
     scale = 12 / max(12.0, -part.low, part.high) if part.gaussian else 12.0
-    even = np.linspace(part.low, part.high, int((part.high - part.low) / (scale * _WIDEST)) + 2)
+    widest = scale * _WIDEST * (1 if h < math.inf else 4)  # a guess need not be exact
+    even = np.linspace(part.low, part.high, int((part.high - part.low) / widest) + 2)
     breaks = np.sort(np.concatenate([even, inner]))
     left, width = breaks[:-1], np.diff(breaks)
     cells = first + np.searchsorted(inner, left, side="right")

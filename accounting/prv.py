@@ -134,8 +134,9 @@ def delta_bounds(atoms: Counted, epsilon: float, relation: Relation) -> Interval
         high = np.maximum(*(each.after(numbers).log_delta_above(at)[0] for each in run.above))
         return np.full(1, -math.inf) if run.below is None else run.below.after(numbers).log_delta_below(at)[0], high
 
-    run = _settled(step, relation, (times, times), aim, lambda _: 2e-3, 1 / aim.removed.theta, log_deltas)
-    log_low, log_high = log_deltas(run)
+    _, log_low, log_high = _settled(
+        step, relation, (times, times), aim, lambda _: 2e-3, 1 / aim.removed.theta, log_deltas
+    )
     low = math.exp(min(0.0, log_low[0])) * (1 - 1e-12)
     high = min(1.0, math.exp(min(0.0, log_high[0])) * (1 + 1e-12))
     return low, math.sqrt(low * high) if low else high, high
@@ -226,8 +227,7 @@ def _run_for(
     def bounds(run: _Run) -> tuple[Vector, Vector]:
         return _epsilons(run, ends, delta, guess, guess)
 
-    run = _settled(step, relation, block, aim, promise, 1.0, bounds)
-    return run, *bounds(run)
+    return _settled(step, relation, block, aim, promise, 1.0, bounds)
 
 
 def _epsilons(run: _Run, numbers: Counts, delta: float, low: Vector, high: Vector) -> tuple[Vector, Vector]:
@@ -246,7 +246,7 @@ def _epsilons(run: _Run, numbers: Counts, delta: float, low: Vector, high: Vecto
         high = np.maximum(high, np.where(added(nothing)[0] > target, more, 0.0))
     if run.below is None or not np.all(np.isfinite(high)):
         return nothing, high
-    low = np.minimum(low, high * (1 - 1e-4))
+    low = np.minimum(low, high * (1 - 1e-3))
     low, _ = _crossing(run.below.after(numbers).log_delta_below, target, nothing, high, low)
     return low, high
 
@@ -259,14 +259,15 @@ def _settled(
     promise: Callable[[float], float],
     unit: float,
     bounds: Callable[[_Run], tuple[Vector, Vector]],
-) -> _Run:
+) -> tuple[_Run, Vector, Vector]:
     """Finer and finer grids, until ``bounds`` are as close as ``promise(upper)``, in units of ``unit`` epsilon."""
     h = aim.grid_step(_SHARE_ABOVE * promise(aim.epsilon) * unit, block[1])
     before, upper, best = math.inf, math.inf, None
     while True:
         h = max(h, aim.finest)
         run = _run(step, relation, block, aim, h)
-        low, high = (float(ends[-1]) for ends in bounds(run))
+        found = (run, *bounds(run))
+        low, high = (float(ends[-1]) for ends in found[1:])
         # With less known from below: errors are of second order, so the next half is a third of the last one.
         gap = high - low if run.close else abs(upper - high) / 3
         if best is not None and gap >= before and run.close:  # rounding has the better of the finer grid
@@ -274,8 +275,8 @@ def _settled(
         allowed = promise(high)
         slow = max(len(each.order) for each in run.above) > _MANY_FREQUENCIES
         if not gap > allowed or h == aim.finest or slow or (gap > 0.8 * before and math.isfinite(gap)):
-            return run
-        before, upper, best = gap, high, run
+            return found
+        before, upper, best = gap, high, found
         h *= min(0.75, max(0.2, 0.9 * math.sqrt(allowed / gap)))
 
 
@@ -532,7 +533,7 @@ class _Spectrum:
     def chernoff(self) -> list[tuple[float, float]]:
         """(nu, log of the nu-th exponential moment of one tilted step), to bound where the tilted sum is not."""
         scale = 1 / max(self._deviation, self.h)
-        nus = [sign * times * scale for sign in (-1, 1) for times in (0.3, 1.0, 1.7, 3.0, 6.0, 12.0)]
+        nus = [sign * times * scale for sign in (-1, 1) for times in (0.4, 1.0, 1.7, 4.0, 10.0)]
         return [(nu, self.log_moment(self.theta + nu) - self.log_normaliser) for nu in nus]
 
 
@@ -624,5 +625,7 @@ def _crossing(log_delta, target: float, low: Vector, high: Vector, guess: Vector
             side = np.where(high > root * (1 + 1e-9), 1, -1)  # beyond the root, so that the bracket closes
             root = root * (1 + side * 4e-10)
             middle = np.where(np.isfinite(high), (low + high) / 2, 2 * x)
-        x = np.where((root > low) & (root < high) & (attempt % 4 < 3), np.minimum(root, 2 * _FARTHEST), middle)
+        x = np.where(
+            (root > low) & (root < high) & ((attempt < 8) | (attempt % 4 < 3)), np.minimum(root, 2 * _FARTHEST), middle
+        )
     return low, high

@@ -97,6 +97,8 @@ CONDITIONS: tuple[str, ...] = (
     "Each trial draws its hyperparameters from one distribution that depends neither on the data nor on other trials.",
     "Each trial has fresh noise and fresh batches, and the bound of one trial holds for all hyperparameters.",
     "The score is computed from public data, or its cost is part of the bound of one trial.",
+    "The score is one function of a trial's own outcome, fixed before the search: no choice by eye afterwards.",
+    "No trial is stopped, pruned or changed because of another one.",
     "Trials that crash or score NaN have the lowest score; they are neither repeated nor left out.",
     "Only the best trial is released: not the others, not their scores, and not the number of trials, which no "
     "released ledger, log or duration may show.",

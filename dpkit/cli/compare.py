@@ -49,6 +49,7 @@ def compare(run: RunPath = None, *, numbers: Numbers, json_output: Json = False,
             asdict(answer)
             | {
                 "contradicted": any(row.verdict == _CONTRADICTS for row in rows),
+                "libraries_that_answered": sum(row.library != "dpkit" and row.verdict != _SILENT for row in rows),
                 "rows": [row._asdict() for row in rows],
                 "caveats": list(described.caveats),
             }
@@ -56,6 +57,8 @@ def compare(run: RunPath = None, *, numbers: Numbers, json_output: Json = False,
     else:
         _print(answer, rows)
         print_caveats(described.caveats)
+    if not json_output and all(row.verdict == _SILENT for row in rows if row.library != "dpkit"):
+        out.print("no library answered: nothing was checked", style="yellow", markup=False)
     for row in rows:
         if row.verdict == _CONTRADICTS:
             print_error(

@@ -24,6 +24,7 @@ from .epsilon import Answer, answer_of, epsilon_of, print_answer, print_caveats,
 from .terminal import Debug, Json, out, print_json
 from .training_run import Numbers, RunPath, TrainingRun, takes_numbers, training_run
 
+_PLANNED = "a value before the last step is the guarantee of a run that was planned to end there"
 _IN_TABLE = 12
 _IN_PICTURE = 1000
 _FORMATS = (".png", ".svg")
@@ -72,13 +73,12 @@ def curve(
             | {
                 "points": [asdict(point) for point in points],
                 "plot": None if plot is None else str(plot),
-                "caveats": list(described.caveats),
+                "caveats": [*described.caveats, _PLANNED],
             }
         )
         return
     print_answer(answer)
-    print_caveats(described.caveats)
-    say("  - a value before the last step is the guarantee of a run that was planned to end there")
+    print_caveats((*described.caveats, _PLANNED))
     _print(points if every is not None else _spread(points, _IN_TABLE))
     if plot is not None:
         say(f"wrote {plot}")

@@ -128,6 +128,7 @@ def answer_of(run: TrainingRun, bound: Bound) -> Answer:
         steps=run.steps,
         source=run.source,
         slack=bound.upper - bound.lower,
+        certified=run.certified,
     )
 
 

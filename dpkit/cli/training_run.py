@@ -25,7 +25,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 import accounting
-from accounting import Event, Gaussian, Ledger, Relation
+from accounting import Event, Gaussian, Ledger, Relation, descriptions
 from accounting.events import OnePass, WithoutReplacement
 from accounting.rounding import as_typed
 from accounting.values import shown
@@ -108,6 +108,7 @@ class TrainingRun:
       source: "numbers", or the path of the ledger.
       if_poisson: what the same numbers would be with Poisson batches, where batches are shuffled or fixed.
       caveats: what must be read with the guarantee.
+      certified: whether nobody can repeat the noise; None where nothing says so, as for bare numbers.
     """
 
     release: Event
@@ -122,6 +123,7 @@ class TrainingRun:
     steps_per_release: int = 1
     if_poisson: Event | None = None
     caveats: tuple[str, ...] = ()
+    certified: bool | None = None
 
     @property
     def event(self) -> Event:
@@ -209,7 +211,8 @@ def from_plan(path: Path) -> TrainingRun:
         sampling=words.sampling,
         noise_multiplier=words.noise_multiplier,
         source=str(ledger_path(path)),
-        caveats=_about_delta(plan.delta, plan.num_examples),
+        caveats=stated.caveats,
+        certified=said if isinstance(said := plan.facts.get("certified"), bool) else None,
     )
 
 
@@ -254,7 +257,7 @@ def from_numbers(numbers: Numbers) -> TrainingRun:
         source="numbers",
         steps_per_release=steps_per_release,
         if_poisson=if_poisson,
-        caveats=_about_delta(numbers.delta, numbers.num_examples),
+        caveats=(*_about_delta(numbers.delta, numbers.num_examples), *_assumed(numbers, release, relation)),
     )
 
 
@@ -274,6 +277,8 @@ def _release(numbers: Numbers, sampling: Sampling, rate: Fraction, noise: Gaussi
                 sample_rate=float(rate), cap=numbers.cap, max_examples=numbers.max_examples, event=noise
             )
             limits = f"of at most {numbers.max_examples} examples, larger draws cut to {numbers.cap}"
+            if numbers.cap > numbers.max_examples:
+                limits = f"of at most {numbers.max_examples} examples, of which no draw can exceed {numbers.cap}"
             return event, f"Poisson, rate {float(rate):.6g}, {limits}"
         case _ if rate == 1:
             return noise, "none, all examples in every step"
@@ -338,6 +343,13 @@ def _refuse_contradictions(numbers: Numbers, sampling: Sampling, rate: Fraction)
             raise typer.BadParameter(f"{option(one)} and {option(other)} say the same thing twice; give one of them.")
     if (numbers.cap is None) != (numbers.max_examples is None):
         raise typer.BadParameter("--cap and --max-examples go together: the cut depends on both.")
+    for name in ("num_examples", "batch_size"):
+        size = getattr(numbers, name)
+        if size is not None and numbers.max_examples is not None and numbers.max_examples < size:
+            raise typer.BadParameter(
+                f"--max-examples is {numbers.max_examples} and {option(name)} is {size}: it is an upper bound of the "
+                "data set's size, not of a batch; give at least that many."
+            )
     if numbers.cap is not None and sampling is not Sampling.POISSON:
         raise typer.BadParameter(f"--cap cuts Poisson batches; with --sampling {sampling} no batch is cut.")
     if sampling is Sampling.FULL and rate != 1:
@@ -346,6 +358,23 @@ def _refuse_contradictions(numbers: Numbers, sampling: Sampling, rate: Fraction)
         raise typer.BadParameter("--sampling without-replacement takes --batch-size and --num-examples, and no rate.")
     if rate == 0 and (numbers.epochs is not None or sampling is not Sampling.POISSON):
         raise typer.BadParameter("--sample-rate is 0: empty batches never pass over the data; give a rate above 0.")
+
+
+def _assumed(numbers: Numbers, release: Event, relation: Relation) -> list[str]:
+    """What the numbers leave open, and has to be true of the run."""
+    atoms = [atom for atom, _ in accounting.normal_form(release)]
+    found = [caveat for atom in atoms for caveat in descriptions.caveats(atom)]
+    if numbers.sampling is None and any(isinstance(atom, accounting.Poisson) for atom in atoms):
+        found.append(
+            "Assumed: batches are Poisson draws, as --sampling was left out. A loader that shuffles is another "
+            "mechanism: --sampling shuffled."
+        )
+    if relation is Relation.REPLACE_ONE:
+        found.append(
+            "Assumed: the noise multiplier is relative to the sensitivity of replacing, 2C with clipping norm C. Noise "
+            "of standard deviation s has the multiplier s / 2C, half of what most trainers call by that name."
+        )
+    return found
 
 
 def _about_delta(delta: float, num_examples: int | None) -> tuple[str, ...]:
