@@ -97,10 +97,10 @@ def test_random_problems_are_solved_on_the_safe_side(check, place):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_a_hundred_random_problems_are_solved_on_the_safe_side(check):
+def test_forty_random_problems_are_solved_on_the_safe_side(check):
     # Safe is every one. Where single steps hardly lose anything and delta is tiny, bounds are wide and jump.
-    close = [check(*problem) for problem in random_problems(100)]
-    assert sum(close) >= 90
+    close = [check(*problem) for problem in random_problems(40)]
+    assert sum(close) >= 34
 
 
 def test_less_noise_than_returned_misses_the_target():
