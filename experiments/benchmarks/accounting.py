@@ -6,8 +6,8 @@ are medians over the rounds, ratios medians of the ratios within a round, so tha
 sides. A first answer does not count.
 
 *Slack*: ours is the width of the whole interval, upper bound minus lower bound. PRV accountants have intervals of twice
-their ``eps_error``; in the queries they get half of our slack, 0.01 for 0.02, so that the intervals are equally wide. PLD
-rounds losses up on a grid and has no lower bound.
+their ``eps_error``; in the queries they get half of our slack, 0.01 for 0.02, so that the intervals are equally wide.
+PLD rounds losses up on a grid and has no lower bound.
 
 Every answer stands beside its time, and how far its upper bound lies above the best lower bound of ours in that job. Of
 a calibration it is the noise that was found and, by our bounds, epsilon there.
