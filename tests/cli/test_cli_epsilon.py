@@ -283,3 +283,16 @@ def test_commands_that_only_count_load_neither_torch_nor_each_other(tmp_path: Pa
 def test_bounds_are_rounded_to_their_own_side(value: float, above: str, below: str):
     assert (shown(value), shown_below(value)) == (above, below)
     assert shown(float(above)) == above
+
+
+def test_a_bound_of_the_data_set_below_the_data_set_is_refused(dpkit: Run):
+    run = ("--noise-multiplier", "1.1", "--batch-size", "256", "--num-examples", "60000", "--steps", "10")
+    done = dpkit("epsilon", *run, "--delta", "1e-5", "--cap", "257", "--max-examples", "256")
+    assert done.code == 1 and "--max-examples is 256 and --num-examples is 60000" in done.err
+
+
+def test_under_replace_one_the_factor_of_two_is_said(dpkit: Run):
+    run = ("--noise-multiplier", "1.1", "--batch-size", "256", "--num-examples", "60000", "--steps", "10")
+    done = dpkit("epsilon", *run, "--delta", "1e-5", "--sampling", "without-replacement", "--json")
+    assert any("2C" in caveat for caveat in done.json["caveats"])
+    assert any("drawn afresh" in caveat for caveat in done.json["caveats"])
