@@ -79,6 +79,10 @@ class Upper(NamedTuple):
     added: Masses
 
 
+_Losses = tuple[Vector, Vector]
+"""(losses, masses), in any order."""
+
+
 class _Continuous(NamedTuple):
     """The part of an unsampled pair that has a density: ``loss = slope y + shift`` for ``low <= y <= high``.
 
@@ -212,9 +216,6 @@ def rough(atom: Atom, relation: Relation, negligible: float) -> tuple[_Losses, _
     nodes = list(_nodes(_pair(event, 1e-2, negligible), rate, math.inf))
     loss, p, q = (np.concatenate([node[i] for node in nodes], dtype=np.float64) for i in range(3))
     return (loss, p), (-loss, q)
-
-
-_Losses = tuple[Vector, Vector]
 
 
 def _joined(good: _Losses, bad: _Losses, p: float) -> _Losses:
@@ -529,7 +530,7 @@ def _first_cell(mu: float, rate: float, h: float, low: float, reach: float) -> t
         end = (low + high) / 2
         low, high = (low, end) if end - merged_loss(end) > steps * h else (end, high)
     loss = merged_loss(end)
-    return end, loss - 1e-15 * (1 + abs(loss)), steps
+    return end, loss - 1e-15 * (5 + abs(loss) + reach**2), steps  # Phi far out is right to some y^2 units
 
 
 def _outcome(loss: Vector, mu: float, rate: float) -> Vector:
