@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from dpkit import filters as filters
     from dpkit.engine import Plan as Plan
     from dpkit.engine import PrivacyEngine as PrivacyEngine
+    from dpkit.engine import check as check
     from dpkit.gradients import ghost as ghost
     from dpkit.gradients import vmap as vmap
     from dpkit.mechanisms import Gaussian as Gaussian
@@ -36,6 +37,7 @@ _HOMES = {
     "Relation": "accounting",
     "Plan": "dpkit.engine",
     "PrivacyEngine": "dpkit.engine",
+    "check": "dpkit.engine",
     "Gaussian": "dpkit.mechanisms",
     "Poisson": "dpkit.sampling",
     "TruncatedPoisson": "dpkit.sampling",
@@ -53,6 +55,7 @@ __all__ = [
     "Relation",
     "TruncatedPoisson",
     "callbacks",
+    "check",
     "clipping",
     "errors",
     "filters",

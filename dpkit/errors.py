@@ -63,7 +63,15 @@ class CheckpointError(DpkitError):
 
 
 class Refused(DpkitError):
-    """dpkit will not do this; the message names the thing, the rule and the way out."""
+    """dpkit will not do this; the message names the thing, the rule and the way out.
+
+    Attributes:
+      parameters: the names of those that it is about, if it is about an operation on parameters.
+      operation: the torch function, likewise.
+    """
+
+    parameters: tuple[str, ...] = ()
+    operation: str = ""
 
 
 class UnsupportedOperation(Refused):

@@ -8,7 +8,7 @@ the factor of a unit depends on that unit alone.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -53,4 +53,16 @@ class ClipRule(Protocol):
 
     def update(self, state: State, released: Sequence[Named]) -> State:
         """The next state, from the RELEASED answers to ``queries`` in their order."""
+        ...
+
+
+@runtime_checkable
+class SeparableRule(ClipRule, Protocol):
+    """A rule whose factor for a group is a function of that group's norm alone.
+
+    The backward pass can then clip a group as soon as its gradients are complete, and keep none of them.
+    """
+
+    def group_factor(self, group: int, norms: Tensor, state: State) -> Tensor:
+        """(B,) factors of one group, from its (B,) norms: row ``group`` of :meth:`factors`."""
         ...

@@ -27,9 +27,10 @@ from dpkit.errors import (
     UncoveredParameter,
     UnsupportedOptimizer,
 )
-from dpkit.gradients import Capture, PerSample, trainable
+from dpkit.gradients import Capture, PerSample, ghost, places_of, trainable
 from dpkit.mechanisms import RunKey
 
+from .arguments import Place, listed
 from .batch import structure
 from .checkpoint import Checkpoint
 from .contents import ModelContents, optimizer_layout, same_bits
@@ -42,7 +43,7 @@ from .guards import (
 )
 from .loader import Draw, PrivateLoader
 from .plan import Plan
-from .probe import probe_forward, rows_of_examples, training_mode
+from .probe import probe_forward, training_mode
 from .step import BatchDiagnostics, ClippedAccumulator, StepState, release
 
 REDUCTIONS = ("none", "mean", "sum")
@@ -118,8 +119,9 @@ class Attachment:
         self._written: dict[int, Tensor] = {}  # id of a parameter -> the gradient that the engine gave it
         self._unused = False  # a release that no optimizer has stepped with
         self._reduction = "none"
+        self._rows_per_unit = 1
         self._differentiating = False
-        self._probed: set[Hashable] = set()
+        self._probed: dict[Hashable, tuple[Place, ...]] = {}  # way of calling the model -> where the batch is in it
         self._went_through = False  # the batch in hand, through the model in a way that was probed
         self._versions: dict[int, int] | None = None
         self._handles: list[Any] = []
@@ -206,6 +208,8 @@ class Attachment:
         if self._sum is None and self.between_steps is not None:
             self.between_steps()
         self._draw = draw
+        if self.capture is not None:
+            self.capture.begin(draw.rows, rows=draw.rows * self._rows_per_unit)
 
     def _forget(self) -> None:
         """Nothing of a batch before the next one may still arrive."""
@@ -228,11 +232,21 @@ class Attachment:
         self._failed = True  # until the batch is through: whatever happens in between ends the run
         return draw
 
-    def add(self, gradients: PerSample, real: int, scale: float = 1.0, losses: Tensor | None = None) -> None:
-        """Clip and add the per-sample gradients of one microbatch."""
+    def open(self, real: int, scale: float = 1.0) -> None:
+        """A microbatch comes, of ``real`` units and padding; see :meth:`ClippedAccumulator.open`."""
         if self._sum is None:
             self._sum = ClippedAccumulator(self.plan, self._state.rule, dict(self._parameters), self._microbatches)
-        self._sum.add(gradients, real, scale, losses)
+        self._sum.open(real, scale)
+
+    @property
+    def consumer(self) -> ClippedAccumulator | None:
+        """What clips groups of parameters inside the backward pass, if the rule can."""
+        return None if self._sum is None else self._sum.consumer
+
+    def add(self, gradients: PerSample, losses: Tensor | None = None) -> None:
+        """Clip and add the per-sample gradients of one microbatch."""
+        assert self._sum is not None
+        self._sum.add(gradients, losses)
 
     def release(self) -> None:
         """Charge the logical batch, release it and write ``p.grad``."""
@@ -365,32 +379,59 @@ class Attachment:
 
     # -- the user's loop ----------------------------------------------------------------------------------------------
 
-    def capture_loop(self, reduction: str) -> None:
+    def capture_loop(self, reduction: str, rows_per_unit: int) -> None:
         """Capture per-sample gradients of every forward of the model, for :meth:`backward`."""
         self._reduction = reduction
-        self.capture = Capture(self._parameters)
-        self.capture.attach(self._require_model())
+        self._rows_per_unit = rows_per_unit
+        model = self._require_model()
+        memory = ghost.memory(model)
+        self.capture = Capture(self._parameters, workspace=memory.workspace, layouts=memory.layouts)
+        self.capture.attach(model)
         self.capture.on_forward = self._probe_new_call
         self.capture.on_backward_end = self._after_foreign_backward
 
-    def backward(self, losses: Tensor) -> None:
+    def backward(self, losses: Tensor, units: Tensor | None = None) -> None:
         """See :meth:`dpkit.PrivacyEngine.backward`."""
         if self.capture is None:
             raise OutOfOrder("engine.backward belongs to make_private; in the functional form call step(batch).")
-        refuse_loss_shape(losses, self._in_hand().rows, self._reduction)
+        in_hand = self._in_hand()
+        refuse_loss_shape(losses, in_hand.rows * self._rows_per_unit, self._reduction)
+        places = self._places(units, in_hand.rows, losses)
         self._refuse_unprobed()
         self._refuse_unused_release("the next release would overwrite it")
         refuse_foreign_leaves(losses, self._covered())
         draw = self.take_draw()
+        self._open(draw)
         self._differentiating = True
         try:
-            self.capture.backward(losses)
+            self.capture.backward(losses, places=places, consumer=self.consumer)
         except BaseException:
             self.capture.reset()
             raise
         finally:
             self._differentiating = False
-        self._finish(draw, losses if self._reduction == "none" else None)
+        if self._reduction != "none":
+            self._finish(draw)
+        elif places is None or units is None:
+            self._finish(draw, losses)
+        else:
+            self._finish(draw, losses.new_zeros(draw.rows).index_add(0, units, losses.detach()))
+
+    def _places(self, units: Tensor | None, size: int, losses: Tensor) -> Tensor | None:
+        """The rows of each unit, where the loop makes several."""
+        if self._rows_per_unit == 1 and units is None:
+            return None
+        if units is None or not isinstance(units, Tensor) or units.shape != losses.shape:
+            shape = None if units is None else tuple(getattr(units, "shape", ()))
+            raise InvalidArgument(
+                f"units is {shape} beside losses of shape {tuple(losses.shape)} with rows_per_unit="
+                f"{self._rows_per_unit}; give the unit of each loss: engine.backward(losses, units=torch.arange(B)"
+                ".repeat_interleave(rows_per_unit)), and rows_per_unit in make_private."
+            )
+        return places_of(units, size)
+
+    def _open(self, draw: Draw) -> None:
+        self.open(draw.real, float(draw.rows) if self._reduction == "mean" else 1.0)
 
     def _after_foreign_backward(self) -> None:
         """A backward pass ended that may not have been ours: ``loss.backward()`` in the user's loop."""
@@ -409,6 +450,7 @@ class Attachment:
             self._refuse_unused_release("the next release would overwrite it")
             refuse_foreign_roots(self._covered())
             draw = self.take_draw()
+            self._open(draw)
         except BaseException:
             self.capture.reset()
             raise
@@ -448,7 +490,7 @@ class Attachment:
                 "gradients enabled."
             )
         gradients = self.capture.collect(draw.rows)
-        self.add(gradients, draw.real, float(draw.rows) if self._reduction == "mean" else 1.0, losses)
+        self.add(gradients, losses)
         if draw.last:
             self.release()
         else:
@@ -525,17 +567,26 @@ class Attachment:
                 "of torch.optim)."
             )
 
-    def _probe_new_call(self, args: Any, kwargs: Any) -> None:
-        """The neighbour probe, whenever a private batch is about to go through the model in a new way."""
-        if self._draw is None or self.capture is None or not rows_of_examples((args, kwargs), self._draw.rows):
-            return  # a forward of the user's own, on other data
-        model = self._require_model()
-        way = (training_mode(model), structure((args, kwargs)))
-        if way not in self._probed:
+    def _probe_new_call(self, args: Any, kwargs: Any) -> list[Tensor] | None:
+        """The neighbour probe, whenever a private batch is about to go through the model in a new way.
+
+        Returns: the tensors of the call that are of the batch; None for a forward of the user's own, on other data.
+        """
+        if self._draw is None or self.capture is None:
+            return None
+        model, call, rows = self._require_model(), (args, kwargs), self._draw.rows * self._rows_per_unit
+        way = (training_mode(model), structure(call))
+        places = self._probed.get(way)
+        if places is None:
             with self.capture.suspended():
-                probe_forward(model, (args, kwargs), self._draw.rows)
-            self._probed.add(way)
+                places = probe_forward(model, call, rows)
+            if places:
+                self._probed[way] = places
+        found = listed(call)
+        if not places or any(found[place.number].shape[place.axis] != rows for place in places):
+            return None
         self._went_through = True
+        return [found[place.number] for place in places]
 
     def _require_model(self) -> nn.Module:
         model = self._model()

@@ -6,6 +6,7 @@ A batch is a tensor, or a mapping, tuple, named tuple or list of batches; axis 0
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -33,10 +34,18 @@ def map_tensors(function: Callable[[Tensor], Any], batch: Batch) -> Batch:
 
 
 def tensors(batch: Batch) -> list[Tensor]:
-    """All tensors of the batch, in order."""
-    found: list[Tensor] = []
-    map_tensors(found.append, batch)
-    return found
+    """All tensors of the batch, in order; those in the fields of a data class, too."""
+    if isinstance(batch, Tensor):
+        return [batch]
+    if isinstance(batch, Mapping):
+        found = batch.values()
+    elif isinstance(batch, (tuple, list)):
+        found = batch
+    elif is_dataclass(batch) and not isinstance(batch, type):
+        found = [getattr(batch, field.name) for field in fields(batch)]
+    else:
+        found = ()
+    return [tensor for value in found for tensor in tensors(value)]
 
 
 def structure(batch: Batch) -> Hashable:

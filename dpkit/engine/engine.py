@@ -189,6 +189,7 @@ class PrivacyEngine:
         relation: Relation | None = None,
         max_physical_batch_size: int | None = None,
         loss_reduction: Reduction = "none",
+        rows_per_unit: int = 1,
         probe_batch: Batch | None = None,
     ) -> tuple[Model, Optimizer, PrivateLoader]:
         """Attach to a training loop that exists. The same model and optimizer come back, with a private loader.
@@ -207,6 +208,9 @@ class PrivacyEngine:
             then drawn by truncated Poisson sampling with cap B + 6√B, and accounted as that.
           loss_reduction: "none" for ``engine.backward(losses)`` with one loss per example, the documented way; "mean"
             or "sum" when the loop reduces the loss itself, with ``engine.backward(loss)`` or ``loss.backward()``.
+          rows_per_unit: rows that the loop makes of each example before it calls the model (augmentations, the examples
+            of a user): the model then sees that many times the rows of the batch, and ``engine.backward(losses,
+            units=...)`` says which example each of them belongs to.
           probe_batch: a public or synthetic batch as ``collate_fn`` returns it; gives the structure of a batch when the
             data set is empty.
         Raises:
@@ -277,10 +281,16 @@ class PrivacyEngine:
         draws = Draws(plan.sampler, len(loading.dataset), self._run_key, rows)
         template = loading.template(probe_batch)
         check_reduction(loss_reduction)
+        check_count("rows_per_unit", rows_per_unit)
+        if rows_per_unit < 1 or (rows_per_unit > 1 and loss_reduction != "none"):
+            raise InvalidArgument(
+                f"rows_per_unit is {rows_per_unit} with loss_reduction={loss_reduction!r}; it is at least 1, and "
+                'several rows of a unit need one loss for each, loss_reduction="none".'
+            )
         attached = self._attach(
             model, optimizer, plan, loading, draws.microbatches, target_epsilon=target_epsilon, caveats=[_LOOP_CAVEAT]
         )
-        attached.capture_loop(loss_reduction)
+        attached.capture_loop(loss_reduction, rows_per_unit)
         private_loader = PrivateLoader(
             loading,
             draws,
@@ -352,8 +362,14 @@ class PrivacyEngine:
             for start in range(0, draw.rows, chunk):
                 rows = slice(start, min(start + chunk, draw.rows))
                 size = rows.stop - rows.start
-                gradients, losses = backend.per_sample(model, loss_fn, take(batch, rows), size)
-                attached.add(gradients, min(max(draw.real - start, 0), size), losses=losses)
+                attached.open(min(max(draw.real - start, 0), size))
+                if backend is ghost:
+                    gradients, losses = ghost.per_sample(
+                        model, loss_fn, take(batch, rows), size, consumer=attached.consumer
+                    )
+                else:
+                    gradients, losses = backend.per_sample(model, loss_fn, take(batch, rows), size)
+                attached.add(gradients, losses)
             attached.release()
             optimizer.step()
 
@@ -367,19 +383,22 @@ class PrivacyEngine:
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
-    def backward(self, losses: Tensor) -> None:
+    def backward(self, losses: Tensor, *, units: Tensor | None = None) -> None:
         """Differentiate, clip and, with the last microbatch of a logical batch, charge and release into ``p.grad``.
 
         Args:
           losses: (B,), one loss per row of the batch in hand; or the mean or sum of them, as ``loss_reduction``
             says.
+          units: with ``rows_per_unit`` = K > 1, losses is (K·B,) and units (K·B,) says for each of them from which row
+            of the batch in hand, 0 to B - 1, it was made: ``torch.arange(B).repeat_interleave(K)``. The gradients of
+            one unit are added up before they are clipped.
         Raises:
           LossShape: when the shape is another one.
           OutOfOrder: without a batch from the private loader, or a second time for one batch.
           UncoveredParameter: when the losses depend on a trainable tensor that the engine does not cover.
           accounting.BudgetExceeded, accounting.LedgerError: nothing was released.
         """
-        self._require_attached().backward(losses)
+        self._require_attached().backward(losses, units)
 
     # -- what was spent -----------------------------------------------------------------------------------------------
 
@@ -577,7 +596,10 @@ class PrivacyEngine:
         refuse_model(model)
         parameters = trainable(model)
         refuse_optimizer(optimizer, parameters)
-        record = plan_record(plan, certified=self._run_key.certified, caveats=caveats, target_epsilon=target_epsilon)
+        bounds = plan.clip.bounds(plan.clip.init(plan.clip.groups(parameters)))
+        record = plan_record(
+            plan, bounds=bounds, certified=self._run_key.certified, caveats=caveats, target_epsilon=target_epsilon
+        )
         if self._checkpoint is not None:
             record = continued(self._checkpoint.manifest.plan, record)
         if self._checkpoint is None and checkpoints.names(self._folder):

@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from dpkit.errors import LossShape, UncoveredParameter, UnsupportedModule, UnsupportedOptimizer
+from dpkit.gradients.capture import is_computed_from_batch
 
 _FRAMES_BETWEEN_SCALER_AND_HOOK = 8
 
@@ -39,6 +40,12 @@ def refuse_model(model: nn.Module) -> None:
             f"the model is wrapped in {type(model).__name__}, whose copies would escape the engine; attach to "
             "model.module and train in one process."
         )
+    for path, module in model.named_modules():
+        if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
+            raise UnsupportedModule(
+                f"{type(module).__name__} at '{path}' is compiled, and a compiled module does not show its operations; "
+                "attach the plain model (model._orig_mod behind torch.compile, or without model.compile())."
+            )
     refuse_batch_statistics(model)
 
 
@@ -98,7 +105,8 @@ def refuse_foreign_leaves(losses: Tensor, covered: Collection[int]) -> None:
       UncoveredParameter: with the shape of the tensor.
     """
     for leaf in _leaves(losses):
-        if id(leaf) not in covered:
+        # A model may ask for gradients of its own inputs; no optimizer holds those.
+        if id(leaf) not in covered and not is_computed_from_batch(leaf):
             raise UncoveredParameter(
                 f"the losses depend on a trainable tensor of shape {tuple(leaf.shape)} that is not a parameter of the "
                 "attached model: an optimizer of its own would train it without clipping and noise. Attach to a module "

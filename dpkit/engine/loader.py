@@ -21,7 +21,7 @@ from dpkit.errors import DataError, InvalidArgument, UnsupportedLoader
 from dpkit.mechanisms import RunKey
 from dpkit.sampling import Sampler, TruncatedPoisson
 
-from .batch import Batch, blank, check_rows, pad
+from .batch import Batch, blank, check_rows, pad, tensors
 from .plan import check_count
 
 
@@ -143,10 +143,12 @@ class _Collate:
 
     def __call__(self, examples: list[Any]) -> tuple[Batch, int, int]:
         real = len(examples)
+        batch = self._collate_fn(examples) if real else self._template
         rows = self._rows or filled(real)
+        while self._rows is None and any(rows in tensor.shape[1:] for tensor in tensors(batch)):
+            rows += ROW_MULTIPLE  # a sequence as long as the batch could be taken for it
         if real == 0:
             return blank(self._template, rows), rows, 0
-        batch = self._collate_fn(examples)
         check_rows(batch, real)
         return (batch if real == rows else pad(batch, rows)), rows, real
 

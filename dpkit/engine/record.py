@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from accounting import PlanRecord
@@ -16,11 +18,17 @@ _GUARANTEE = ("event", "steps", "delta", "relation", "unit", "num_examples")
 _OF_THE_PROCESS = ("certified", "certified_reason", "noise_generator", "torch_version", "dpkit_version")
 
 
-def plan_record(plan: Plan, *, certified: bool, caveats: list[str], target_epsilon: float | None) -> PlanRecord:
-    """What the ledger keeps of the plan, for the guarantee and for the statement."""
+def plan_record(
+    plan: Plan, *, bounds: list[float], certified: bool, caveats: list[str], target_epsilon: float | None
+) -> PlanRecord:
+    """What the ledger keeps of the plan, for the guarantee and for the statement.
+
+    Args:
+      bounds: clipping norm of each group of the model's parameters.
+    """
     facts: dict[str, Fact] = {
         "clipping": _words(plan.clip),
-        "max_grad_norm": plan.clip.bounds(plan.clip.init([0]))[0],
+        "max_grad_norm": math.hypot(*bounds),
         "sampler": _words(plan.sampler),
         "expected_batch_size": plan.expected_batch,
         "mechanism": _words(plan.mechanism),

@@ -1,9 +1,17 @@
 """Per-operation capture: every use of a tracked parameter leaves per-sample gradient factors instead of a gradient.
 
-A :class:`Capture` is a torch function mode.  While it is active and gradients are enabled, each torch function that
-receives a tracked parameter is replaced, according to ``rules.RULES``, by an autograd function that computes the same
-output, passes the gradient on to its input, and leaves factors of the parameter's per-sample gradient (``factors.py``)
-on a tape.  The parameter itself is no part of the graph, so the backward pass never touches ``p.grad``.
+A :class:`Capture` is a torch function mode.  While it is active and gradients are enabled, it sorts the tensors that
+each torch function receives:
+
+  * *tracked*: a parameter, or a tensor derived from parameters and constants alone (``derived.py``);
+  * *batched*: a tensor of the batch, or computed from one, or one that requires a gradient and is not tracked;
+  * constants: everything else.
+
+A function of tracked tensors alone runs as usual, and its result is tracked.  One that mixes tracked and batched
+tensors is replaced, according to ``rules.RULES`` or else by a vector-Jacobian product for each example
+(``rules/fallback.py``): the same output, the same gradient for its batched inputs, and factors of the per-sample
+gradients (``factors.py``) on a tape (``tape.py``).  The parameter itself is no part of that graph, so the backward pass
+never touches ``p.grad``.
 
 Guarantees:
   * an operation that receives a tracked parameter is recorded, or carries no gradient, or is refused by name;
@@ -11,68 +19,60 @@ Guarantees:
     :meth:`Capture.backward`, which sees that a gradient arrived at the parameter itself;
   * parameters are known by identity: tied weights are one parameter, a module used twice is recorded twice and joined.
 
-Not promised: that the leading axis of an operation's input is the batch.  :meth:`Capture.collect` compares its length
-with the batch size, which a sequence of the same length passes; the engine's neighbour probe tells those apart.
+Not promised: that the examples are where a rule expects them.  They are where :class:`~dpkit.gradients.layout.Layouts`
+saw them move, or along the first axis where nothing was observed, and only the length of that axis is compared with the
+batch size; the engine's neighbour probe looks at what comes out.
 """
 
 from __future__ import annotations
 
+import logging
+import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol, cast
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode, resolve_name
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import CheckpointFunction
 
 from dpkit import errors
-from dpkit.gradients import factors
-from dpkit.gradients.rules import ARGUMENT_IS_TEMPLATE, REMEDIES, RULES
+from dpkit.gradients import derived
+from dpkit.gradients.derived import Derived, Key, origin, sources
+from dpkit.gradients.forms import PerSampleGradients
+from dpkit.gradients.layout import MIXED, Layout, Layouts, Site
+from dpkit.gradients.rules import ARGUMENT_IS_TEMPLATE, FALLBACK, REFUSED, RULES, autocast_dtype
+from dpkit.gradients.rules.elementwise import broadcast, expanded
+from dpkit.gradients.strategy import Workspace
+from dpkit.gradients.tape import REMEDY, Consumer, Operation, Recorded, Refusal, Tape, Use, listed, refusal, title
 
-REMEDY = "use backend=dpkit.vmap in the functional form engine.attach(...), or freeze it with requires_grad_(False)"
-
-
-class Operation(Protocol):
-    """What a rule puts in place of one torch function: names and numbers, never tensors."""
-
-    @property
-    def names(self) -> tuple[str | None, ...]:
-        """The names of the tracked parameters, None where the weight is not tracked."""
-        ...
-
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """Of the batched input and the detached parameters: the output, and what :meth:`backward` needs to see."""
-        ...
-
-    def backward(
-        self, grad: Tensor, saved: tuple[Any, ...], *, need_input: bool
-    ) -> tuple[Tensor | None, list[tuple[str, factors.Factor]]]:
-        """The input's gradient, if needed, and (parameter name, factor of its per-sample gradient) pairs."""
-        ...
-
-
-class Record(NamedTuple):
-    """One parameter's share of one operation in one backward pass."""
-
-    name: str
-    function: Callable[..., Any]
-    factor: factors.Factor
+_LOG = logging.getLogger("dpkit.gradients")
+_FALLEN_BACK: set[Callable[..., Any]] = set()  # what was said about it was said
+_BATCHED = "_dpkit_batched"
+_UNBATCHED = frozenset({Tensor.new_zeros, Tensor.new_ones, Tensor.new_full, Tensor.new_empty, Tensor.new_tensor})
 
 
 class Call(NamedTuple):
-    """One call of a torch function that received a tracked parameter: what a rule has to work with."""
+    """One call of a torch function that received tracked and batched tensors: what a rule has to work with."""
 
     function: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    names: dict[int, str]
-    anchor: Tensor
-    tape: Tape
+    keys: dict[int, Key]
+    capture: Capture
+    group: Hashable
+    ordinal: int
 
-    def name(self, value: object) -> str | None:
-        """The name of a tracked parameter; None for anything else."""
-        return self.names.get(id(value))
+    def name(self, value: object) -> Key | None:
+        """The key of a tracked tensor; None for anything else."""
+        return self.keys.get(id(value)) if isinstance(value, Tensor) else None
+
+    def is_batched(self, value: object) -> bool:
+        """Whether a value is a tensor that has the examples along one of its axes."""
+        return isinstance(value, Tensor) and self.name(value) is None and is_batched(value)
 
     def detached(self, weight: Tensor | None) -> Tensor | None:
         """A weight of the operation without its graph; refused if that would lose a gradient."""
@@ -95,57 +95,73 @@ class Call(NamedTuple):
             )
         return x
 
-    def record(self, operation: Operation, x: Tensor | None, *weights: Tensor | None) -> Tensor:
-        """Run the operation so that its backward pass leaves factors on the tape."""
-        device = next((weight.device for weight in weights if weight is not None), self.anchor.device)
-        if torch.is_autocast_enabled(device.type):
+    def layout(self, x: Tensor, axis: int = 0) -> Layout:
+        """Where the examples are in an argument of this call: what was observed, or else along ``axis``.
+
+        Raises:
+          UnsupportedOperation: examples were seen to mix before they came here.
+        """
+        place = next((place for place, value in enumerate(_tensors((self.args, self.kwargs))) if value is x), None)
+        observed = None if place is None else self.capture.layouts.of(self.group, self.ordinal, place, x.dim())
+        if observed == MIXED:
             raise self.unsupported(
-                "the casts of autocast are not recorded",
-                "leave autocast and cast the model instead, as in model.bfloat16()",
+                "more than one place of its input moved when one example was replaced: examples have mixed before it",
+                "look for normalisation over the batch, losses that compare examples, and ragged layouts",
+                errors.CrossExample,
             )
+        rows = self.capture.rows
+        if isinstance(observed, Layout):
+            return Layout(observed.axis, rows, observed.folded)
+        return Layout(axis, rows)
+
+    def result_layout(self, number: int, default: Layout) -> Layout:
+        """Where the examples are in result ``number`` of this call: what was observed, or the default."""
+        place = sum(1 for _ in _tensors((self.args, self.kwargs))) + number
+        observed = self.capture.layouts.of(self.group, self.ordinal, place, None)
+        return Layout(observed.axis, self.capture.rows, observed.folded) if isinstance(observed, Layout) else default
+
+    def capturing(self) -> AbstractContextManager[None]:
+        """A context in which the pieces of a decomposed function are captured in their turn."""
+        return self.capture.pushed()
+
+    def expanded(self, tensor: Tensor, like: Tensor) -> Tensor:
+        """A tracked tensor, once for each example of ``like``, with which it broadcasts: ``elementwise.expanded``."""
+        return expanded(self, tensor, like)
+
+    def record(self, operation: Operation, x: Tensor | None, *weights: Tensor | None) -> Tensor:
+        """Run an operation of one input and one output so that its backward pass leaves factors on the tape."""
+        return cast(Tensor, self._record(operation, (x,), weights, many=False))
+
+    def record_many(
+        self, operation: Operation, inputs: tuple[Tensor | None, ...], weights: tuple[Tensor | None, ...]
+    ) -> tuple[Tensor, ...]:
+        """:meth:`record` for an operation of several inputs and outputs."""
+        return cast(tuple[Tensor, ...], self._record(operation, inputs, weights, many=True))
+
+    def _record(
+        self, operation: Operation, inputs: tuple[Tensor | None, ...], weights: tuple[Tensor | None, ...], *, many: bool
+    ) -> Any:
+        tape, device = self.capture.tape, self.capture.anchor.device.type
+        context: Any = nullcontext()
+        if torch.is_autocast_enabled(device):
+            dtype = autocast_dtype(self.function, device)
+            if dtype is not None:
+                inputs = tuple(_cast(x, dtype) for x in inputs)
+                weights = tuple(_cast(weight, dtype) for weight in weights)
+                context = torch.autocast(device, enabled=False)
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore
         if hooks is not None and "checkpoint" in getattr(hooks[0], "__qualname__", ""):
-            raise self.unsupported(
-                "gradient checkpointing recomputes it in the backward pass, where uses are not recorded yet",
-                "switch checkpointing off, and use max_physical_batch_size to save memory",
-            )
-        output = _Recorded.apply(self.anchor, x, weights, (operation, self.function, self.tape))
-        return cast(Tensor, output)
+            tape.checkpointed = True
+        with context:
+            outputs = Recorded.apply(self.capture.anchor, weights, Use(operation, self.function, tape, many), *inputs)
+        first = outputs[0] if many else outputs
+        tape.expect(operation.names, first.nbytes + sum(x.nbytes for x in inputs if x is not None))
+        return outputs
 
-    def unsupported(self, why: str, remedy: str = REMEDY) -> errors.UnsupportedOperation:
-        """The refusal of this call, with the operation, the parameters that it received, and the way out."""
-        found = {id(value): name for value in _flatten((self.args, self.kwargs)) if (name := self.name(value))}
-        return _refusal(self.function, found.values(), why, remedy)
-
-
-class Tape:
-    """Where the backward passes of one capture leave their records.
-
-    The graph holds the tape, and the tape holds no graph: records are detached, so no cycle can keep a step alive.
-    """
-
-    __slots__ = ("graph_task", "on_backward_end", "records")
-
-    def __init__(self) -> None:
-        self.records: list[Record] = []
-        self.on_backward_end: Callable[[], None] | None = None
-        self.graph_task = -1
-
-    def add(self, function: Callable[..., Any], found: list[tuple[str, factors.Factor]]) -> None:
-        self.records += [Record(name, function, factor) for name, factor in found]
-        # The number of the running backward pass, not a flag: a pass that fails half-way never calls back.
-        task = torch._C._current_graph_task_id()
-        if self.on_backward_end is not None and task != self.graph_task:
-            self.graph_task = task
-            torch.autograd.Variable._execution_engine.queue_callback(self._backward_ended)
-
-    def take(self) -> list[Record]:
-        taken, self.records = self.records, []
-        return taken
-
-    def _backward_ended(self) -> None:
-        if self.on_backward_end is not None:
-            self.on_backward_end()
+    @property
+    def unsupported(self) -> Refusal:
+        """``call.unsupported(why, remedy)``: the refusal, with the operation, its parameters, and the way out."""
+        return Refusal(self.function, tuple(name for key in self.keys.values() for name in sources(key)))
 
 
 class Capture(TorchFunctionMode):
@@ -153,31 +169,45 @@ class Capture(TorchFunctionMode):
 
     Use it around a forward pass (``with capture:``) or attach it to a model; then :meth:`backward`, :meth:`collect`.
 
-    Attributes:
+    Args:
       parameters: name -> parameter; each name must be a distinct parameter that requires a gradient.
       workspace: memory for written-out gradients, which stays allocated between steps; its own by default.
+      layouts: where examples were observed in the tensors of the model; nothing by default.
+
+    Attributes:
       on_forward: called with the arguments of each forward pass of an attached model that is about to be captured.
       anchor: an empty tensor that requires a gradient and is an input of every recorded operation, so that the backward
         pass reaches all of them even where the batch itself requires no gradient.
     """
 
-    def __init__(self, parameters: dict[str, nn.Parameter], *, workspace: factors.Workspace | None = None) -> None:
+    def __init__(
+        self,
+        parameters: dict[str, nn.Parameter],
+        *,
+        workspace: Workspace | None = None,
+        layouts: Layouts | None = None,
+    ) -> None:
         super().__init__()
         self.parameters = dict(parameters)
         device = next((p.device for p in self.parameters.values()), torch.device("cpu"))
         self.anchor = torch.empty(0, device=device, requires_grad=True)
+        self.layouts = Layouts() if layouts is None else layouts
+        self.watched: list[Site] | None = None
+        self.on_forward: Callable[[tuple[Any, ...], dict[str, Any]], list[Tensor] | None] | None = None
         self._names = {id(parameter): name for name, parameter in self.parameters.items()}
-        self._tape = Tape()
-        self._workspace = factors.Workspace() if workspace is None else workspace
+        self._workspace = Workspace() if workspace is None else workspace
+        self.tape = Tape(self.parameters, self._workspace)
+        self._ordinals: dict[Hashable, int] = {}
         self._depth = 0
         self._entered: list[bool] = []
         self._handles: list[Any] = []
         self._suspended = False
-        self.on_forward: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None
 
     # ------------------------------------------------------------------------------------------------ when it is active
 
     def __enter__(self) -> Capture:
+        if self._depth == 0:
+            self._ordinals.clear()
         self._depth += 1
         if self._depth == 1:
             super().__enter__()
@@ -188,6 +218,15 @@ class Capture(TorchFunctionMode):
             return
         self._depth -= 1
         if self._depth == 0:
+            super().__exit__(None, None, None)
+
+    @contextmanager
+    def pushed(self) -> Iterator[None]:
+        """Active again, inside a rule: torch takes a mode off while the mode itself runs."""
+        super().__enter__()
+        try:
+            yield
+        finally:
             super().__exit__(None, None, None)
 
     def attach(self, model: nn.Module) -> None:
@@ -225,75 +264,110 @@ class Capture(TorchFunctionMode):
     # ------------------------------------------------------------------------------------------------ what it recorded
 
     @property
+    def rows(self) -> int | None:
+        """How many rows the model sees of the batch that was begun."""
+        return self.tape.rows
+
+    @property
     def pending(self) -> bool:
         """Whether a backward pass has left records that were not collected."""
-        return bool(self._tape.records)
+        return self.tape.pending
 
     @property
     def on_backward_end(self) -> Callable[[], None] | None:
         """Called once at the end of each backward pass that recorded something; what it raises, the pass raises."""
-        return self._tape.on_backward_end
+        return self.tape.on_backward_end
 
     @on_backward_end.setter
     def on_backward_end(self, callback: Callable[[], None] | None) -> None:
-        self._tape.on_backward_end = callback
+        self.tape.on_backward_end = callback
 
-    def backward(self, losses: Tensor) -> None:
+    def begin(self, size: int, *, rows: int | None = None, keep_bytes: int | None = None) -> None:
+        """A batch of ``size`` units comes; what was recorded before is forgotten.
+
+        Without this call nothing is known of the batch before :meth:`collect`, so all factors are kept until then.
+
+        Args:
+          rows: how many rows the model sees, where a unit has several; ``size`` when left out.
+          keep_bytes: how many bytes of gradients may be written out; the size of the activations when left out.
+        """
+        self.reset()
+        callback = self.on_backward_end
+        self.tape = Tape(self.parameters, self._workspace, size, rows, keep_bytes)
+        self.on_backward_end = callback
+
+    def batch(self, values: Any) -> Any:
+        """Declare all tensors in ``values`` (nested lists, tuples, dicts) to be of the batch; returns ``values``."""
+        for value in pytree.tree_leaves(values):
+            if isinstance(value, Tensor):
+                _mark(value)
+        return values
+
+    def backward(self, losses: Tensor, *, places: Tensor | None = None, consumer: Consumer | None = None) -> None:
         """Backpropagate the (B,) losses, each with gradient 1, onto the tape; no ``.grad`` of any tensor is written.
 
+        Args:
+          places: (B, M) rows of each unit, where a unit has several (``units.places_of``).
+          consumer: takes the gradients of complete groups of parameters inside the backward pass.
         Raises:
           UnsupportedOperation: a gradient reached a tracked parameter past the capture. Nothing stays recorded.
         """
-        targets = [self.anchor, *self.parameters.values()]
-        _, *raw = torch.autograd.grad(losses, targets, torch.ones_like(losses), allow_unused=True)
+        self.tape.places = places
+        if consumer is not None:
+            self.tape.consume_with(consumer)
+        targets = (self.anchor, *self.parameters.values())
+        # Checkpoints run their forward pass again in here, and it must be captured as the first one was. The engine is
+        # called directly: torch.autograd.grad is a torch function itself, inside which the mode would be off.
+        self.tape.recomputable = True
+        with self if self.tape.checkpointed else nullcontext():
+            _, *raw = torch.autograd.Variable._execution_engine.run_backward(
+                (losses,),
+                (torch.ones_like(losses),),
+                False,
+                False,
+                targets,
+                allow_unreachable=True,
+                accumulate_grad=False,
+            )
         escaped = [name for name, gradient in zip(self.parameters, raw, strict=True) if gradient is not None]
         if escaped:
-            self._tape.take()
-            raise errors.UnsupportedOperation(
-                f"a gradient reached {_listed(escaped)} past the capture: used outside of the attached model's "
+            self._forget()
+            error = errors.UnsupportedOperation(
+                f"a gradient reached {listed(escaped)} past the capture: used outside of the attached model's "
                 f"forward(), or by an operation that is no torch function (a custom autograd function, a scripted "
                 f"module); {REMEDY}"
             )
+            error.parameters = tuple(escaped)
+            raise error
 
-    def collect(self, size: int, *, keep_bytes: int = factors.KEEP_BYTES) -> factors.PerSampleGradients:
+    def collect(self, size: int) -> PerSampleGradients:
         """The per-sample gradients of all tracked parameters since the last call, and an empty tape.
 
         Args:
           size: B, the number of units in the batch.
-          keep_bytes: how much may be written out; a parameter that would exceed it takes a form that needs less.
 
         Raises:
           UnsupportedOperation: an operation's leading axis is not ``size`` long, hence not the batch.
         """
-        uses: dict[str, list[factors.Factor]] = {name: [] for name in self.parameters}
-        for record in self._tape.take():
-            if record.factor.size != size:
-                raise _refusal(
-                    record.function,
-                    [record.name],
-                    f"the input has a leading axis of {record.factor.size} in a batch of {size} examples",
-                    f"keep the examples along the first axis, as in (B, T, d) instead of (B*T, d); or {REMEDY}",
-                )
-            uses[record.name].append(record.factor)
-        forms: dict[str, factors.Form] = {}
-        for name, parameter in self.parameters.items():
-            # Popped, so that activations are freed while the gradients of the next parameters are written out.
-            forms[name], taken = factors.join(uses.pop(name), parameter, size, keep_bytes, self._workspace)
-            keep_bytes -= taken
-        return factors.PerSampleGradients(size, forms, {name: p.shape for name, p in self.parameters.items()})
+        tape = self._forget()
+        return tape.finish(size)
 
     def reset(self) -> None:
         """Forget the records, those that older graphs may still deliver too, and leave a mode that was kept active.
 
         A KeyboardInterrupt in forward() keeps it active.
         """
-        # A new tape: graphs made before this write to the old one, which nobody reads any more.
-        old, self._tape = self._tape, Tape()
-        self._tape.on_backward_end, old.on_backward_end = old.on_backward_end, _refuse_old_graph
+        self._forget()
         self._entered.clear()
         if self._depth and torch.overrides._get_current_function_mode() is self:
             self._depth = 1
             self.__exit__()
+
+    def _forget(self) -> Tape:
+        """A new tape; the old one, to which graphs made before this still write and which refuses that, is returned."""
+        old, self.tape = self.tape, Tape(self.parameters, self._workspace)
+        self.tape.on_backward_end, old.over = old.on_backward_end, True
+        return old
 
     # ---------------------------------------------------------------------------------------------------- what it does
 
@@ -305,84 +379,141 @@ class Capture(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if not (self._tracks(args) or (kwargs and self._tracks(kwargs.values()))) or not torch.is_grad_enabled():
-            return func(*args, **kwargs)
-        call = Call(func, args, kwargs, self._names, self.anchor, self._tape)
-        rule = RULES.get(func)
-        return self._without_rule(call) if rule is None else rule(call, *args, **kwargs)
+        keys: dict[int, Key] = {}
+        batched = self._sort(args, keys)
+        if kwargs and self._sort(kwargs.values(), keys):
+            batched = True
+        if not keys or not torch.is_grad_enabled():
+            if keys and _in_reentrant_checkpoint():
+                raise refusal(func, [name for key in keys.values() for name in sources(key)], *_REENTRANT)
+            return _run(func, args, kwargs, batched)
+        if func in ARGUMENT_IS_TEMPLATE and id(args[0]) not in keys:
+            return _run(func, args, kwargs, batched)
+        if not batched:
+            return self._derive(func, args, kwargs, keys)
+        group = (func, tuple(name for key in keys.values() for name in sorted(sources(key))))
+        ordinal = self._ordinals[group] = self._ordinals.get(group, -1) + 1
+        call = Call(func, args, kwargs, keys, self, group, ordinal)
+        result = self._apply(call) if self.watched is None else self._observed(call)
+        _mark_all(func, args, result)
+        if self.watched is not None:
+            self.watched.append(Site((group, ordinal), tuple(map(self._seen, _tensors((args, kwargs, result))))))
+        return result
 
-    def _tracks(self, values: Iterable[Any]) -> bool:
-        names = self._names
+    def _sort(self, values: Iterable[Any], keys: dict[int, Key]) -> bool:
+        """Add the tracked tensors among ``values`` to ``keys``; whether there is a batched one."""
+        batched = False
         for value in values:
-            if id(value) in names:
-                return True
-            if isinstance(value, (list, tuple)):
-                if self._tracks(value):
-                    return True
-            elif isinstance(value, dict) and self._tracks(value.values()):
-                return True
-        return False
+            if isinstance(value, Tensor):
+                name = self._names.get(id(value))
+                if name is not None:
+                    keys[id(value)] = name
+                elif (known := origin(value)) is not None:
+                    keys[id(value)] = Derived(value, known)
+                elif is_batched(value):
+                    batched = True
+            elif isinstance(value, (list, tuple)):
+                batched |= self._sort(value, keys)
+            elif isinstance(value, dict):
+                batched |= self._sort(value.values(), keys)
+        return batched
 
-    def _without_rule(self, call: Call) -> Any:
-        """Run a function that only looks at the parameter (shape, detach(), comparisons); refuse what uses it."""
-        function, args, kwargs = call.function, call.args, call.kwargs
-        if function in ARGUMENT_IS_TEMPLATE and call.name(args[0]) is None:
-            return function(*args, **kwargs)
-        if not (_writes(function) and self._tracks((*args[1:], kwargs))):
-            result = function(*args, **kwargs)
-            if self._carries_no_gradient(result):
-                return result
-        raise call.unsupported("this use has no rule", REMEDIES.get(function, REMEDY))
+    def _derive(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], keys: dict[int, Key]
+    ) -> Any:
+        """Run a function of parameters and constants, and track what it returns."""
+        if (check := REFUSED.get(func)) is not None and (why := check(*args, **kwargs)) is not None:
+            raise refusal(func, [name for key in keys.values() for name in sources(key)], *why)
+        # Outside of checkpoints: the graph of a derived tensor is walked after the backward pass.
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore
+        keep = torch.autograd.graph.saved_tensors_hooks(Tensor.detach, _same) if hooks is not None else nullcontext()
+        with keep:
+            result = func(*args, **kwargs)
+        derived.mark(func, args, kwargs, args[0] if _writes(func) else result, keys)
+        return result
 
-    def _carries_no_gradient(self, result: Any) -> bool:
-        if isinstance(result, Tensor):
-            return not result.requires_grad or id(result) in self._names
-        if isinstance(result, (list, tuple)):
-            return all(map(self._carries_no_gradient, result))
-        return result is None or isinstance(result, _PLAIN)
+    def _observed(self, call: Call) -> Any:
+        """As it is recorded; or as it is, where a rule must know where the examples are, which is being found out."""
+        try:
+            return self._apply(call)
+        except errors.UnsupportedOperation:
+            return call.function(*call.args, **call.kwargs)
+
+    def _seen(self, tensor: Tensor) -> Tensor | None:
+        """A copy of a tensor of the batch, for :class:`Layouts`."""
+        tracked = id(tensor) in self._names or origin(tensor) is not None
+        return None if tracked or not is_batched(tensor) else tensor.detach().clone()
+
+    def _apply(self, call: Call) -> Any:
+        """A function of parameters and a batch: by its rule, by the fallback, or refused."""
+        function = call.function
+        if (check := REFUSED.get(function)) is not None and (why := check(*call.args, **call.kwargs)) is not None:
+            raise call.unsupported(*why)
+        complex_values = False
+        for value in _tensors((call.args, call.kwargs)):
+            if value.is_nested or value.layout != torch.strided:
+                kind = "nested" if value.is_nested else str(value.layout)
+                raise call.unsupported(f"a tensor that it receives is {kind}", "pad it to a dense tensor, with a mask")
+            complex_values |= value.is_complex()
+        rule = RULES.get(function)
+        # Only the junction knows conjugates.
+        if rule is not None and (not complex_values or rule is broadcast):
+            return rule(call, *call.args, **call.kwargs)
+        if _writes(function):
+            raise call.unsupported("a tensor is overwritten", "write the result to a new tensor")
+        result = function(*call.args, **call.kwargs)
+        if not _carries_gradient(result):
+            return result  # a comparison, a shape: nothing to differentiate
+        del result
+        if function not in _FALLEN_BACK:
+            _FALLEN_BACK.add(function)
+            _LOG.warning(
+                "%s of %s has no rule of its own; its per-sample gradients are computed by vmap: exact, but slower",
+                title(function),
+                listed(name for key in call.keys.values() for name in sources(key)),
+            )
+        return FALLBACK(call)
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Whether a tensor that is not tracked belongs to the batch."""
+    return tensor.requires_grad or getattr(tensor, _BATCHED, False)
+
+
+def is_computed_from_batch(tensor: Tensor) -> bool:
+    """Whether a capture saw that a tensor is of the batch, whatever its flags say."""
+    return getattr(tensor, _BATCHED, False)
+
+
+def _mark(tensor: Tensor) -> None:
+    setattr(tensor, _BATCHED, True)
+
+
+def _mark_all(function: Callable[..., Any], args: tuple[Any, ...], result: Any) -> None:
+    """The results of a function of the batch, or the tensor that it wrote to, are of the batch."""
+    if function in _UNBATCHED:
+        return
+    for value in result if isinstance(result, (tuple, list)) else (result, args[0] if _writes(function) else None):
+        if isinstance(value, Tensor):
+            setattr(value, _BATCHED, True)
+
+
+def _run(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], batched: bool) -> Any:
+    result = function(*args, **kwargs)
+    if batched:
+        _mark_all(function, args, result)
+    return result
+
+
+def _carries_gradient(result: Any) -> bool:
+    if isinstance(result, Tensor):
+        return result.requires_grad
+    if isinstance(result, (list, tuple)):
+        return any(map(_carries_gradient, result))
+    return not (result is None or isinstance(result, _PLAIN))
 
 
 _PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format)
-
-
-def _refuse_old_graph() -> None:
-    raise errors.OutOfOrder(
-        "a backward pass went through a forward pass of an attached model whose batch is over; nothing of it was used"
-    )
-
-
-class _Recorded(torch.autograd.Function):
-    """One recorded operation. Parameters come inside a tuple: as arguments, autograd would send them gradients."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        anchor: Tensor,
-        x: Tensor | None,
-        weights: tuple[Tensor | None, ...],
-        use: tuple[Operation, Callable[..., Any], Tape],
-    ) -> Tensor:
-        operation, function, tape = use
-        y, saved = operation.forward(x, *weights)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*saved)
-        ctx.operation, ctx.function, ctx.tape = operation, function, tape
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise _refusal(
-                ctx.function,
-                ctx.operation.names,
-                "create_graph=True asks for their derivatives, which are not recorded",
-                "call backward without create_graph, or use backend=dpkit.vmap in the functional form",
-            )
-        grad_input = None
-        if grad is not None:
-            grad_input, found = ctx.operation.backward(grad, ctx.saved_tensors, need_input=ctx.needs_input_grad[1])
-            ctx.tape.add(ctx.function, found)
-        return None, grad_input, None, None
 
 
 class _Hook:
@@ -400,10 +531,13 @@ class _EnterHook(_Hook):
         capture = self._capture()
         if capture is not None:
             active = torch.is_grad_enabled() and not capture._suspended
-            if active and capture.on_forward is not None:
-                capture.on_forward(args, kwargs)
+            given = capture.on_forward(args, kwargs) if active and capture.on_forward is not None else None
             capture._entered.append(active)
-            if capture._entered[-1]:
+            if active:
+                if given is None:
+                    rows = capture.rows
+                    given = [t for t in _tensors((args, kwargs)) if t.dim() and (rows is None or len(t) == rows)]
+                capture.batch(given)
                 capture.__enter__()
 
 
@@ -415,33 +549,40 @@ class _ExitHook(_Hook):
             capture.__exit__()
 
 
+_REENTRANT = (
+    "a reentrant checkpoint runs it without gradients, and differentiates a forward pass of its own later",
+    "pass use_reentrant=False to torch.utils.checkpoint.checkpoint",
+)
+
+
+def _in_reentrant_checkpoint() -> bool:
+    frame = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code is CheckpointFunction.forward.__code__:
+            return True
+        frame = frame.f_back
+    return False
+
+
 def _writes(function: Callable[..., Any]) -> bool:
-    """Whether a function changes its first argument: its result would not show a gradient that it wrote there."""
+    """Whether a function changes its first argument."""
     name = getattr(function, "__name__", "")
     return name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
 
 
-def _refusal(
-    function: Callable[..., Any], names: Iterable[str | None], why: str, remedy: str
-) -> errors.UnsupportedOperation:
-    return errors.UnsupportedOperation(
-        f"{_title(function)}: no per-sample gradients of {_listed(names)}: {why}; {remedy}"
-    )
+def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """As autocast would: float64 and whole numbers stay."""
+    eligible = tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
+    return tensor.to(dtype) if tensor is not None and eligible else tensor
 
 
-def _title(function: Callable[..., Any]) -> str:
-    return resolve_name(function) or getattr(function, "__qualname__", repr(function))
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
-def _listed(found: Iterable[str | None]) -> str:
-    names = [name for name in found if name is not None]
-    shown = ", ".join(repr(name) for name in names[:4]) + (", ..." if len(names) > 4 else "")
-    return f"parameter{'s' if len(names) > 1 else ''} {shown}"
-
-
-def _flatten(values: Any) -> Iterator[object]:
+def _tensors(values: Any) -> Iterator[Tensor]:
     for value in values.values() if isinstance(values, dict) else values:
-        if isinstance(value, (list, tuple, dict)):
-            yield from _flatten(value)
-        else:
+        if isinstance(value, Tensor):
             yield value
+        elif isinstance(value, (list, tuple, dict)):
+            yield from _tensors(value)

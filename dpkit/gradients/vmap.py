@@ -15,8 +15,9 @@ from torch.func import functional_call, grad_and_value
 from torch.utils import _pytree as pytree
 
 from dpkit import errors
+from dpkit.gradients.arithmetic import accumulation_dtype
 from dpkit.gradients.backend import LossFn, check_losses, trainable
-from dpkit.gradients.factors import Form, PerSampleGradients, accumulation_dtype, kept
+from dpkit.gradients.forms import Form, PerSampleGradients, kept
 
 CHUNK = 64
 """Examples that are mapped at a time."""

@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpkit.clipping import ClipRule, Flat
+from dpkit.clipping import ClipRule, Flat, PerLayer, SeparableRule
 from dpkit.errors import InvalidArgument
 
-CLIP_RULES = [Flat(1.0), Flat(0.01), Flat(37.5)]
-NAMES = ["weight", "bias", "head"]
+CLIP_RULES = [Flat(1.0), Flat(0.01), Flat(37.5), PerLayer(1.0), PerLayer((0.5, 2.0))]
+NAMES = ["body.weight", "body.bias", "head.weight"]
 
 any_norm = st.one_of(
     st.floats(min_value=0, allow_nan=False, allow_infinity=True), st.just(float("nan")), st.floats(0, 1e-30)
@@ -58,3 +58,26 @@ def test_non_finite_norms_get_factor_zero_and_small_ones_pass(rule: ClipRule) ->
 def test_a_clipping_norm_that_bounds_nothing_is_refused(bound: float) -> None:
     with pytest.raises(InvalidArgument, match="max_grad_norm"):
         Flat(bound)
+
+
+@pytest.mark.parametrize("rule", [rule for rule in CLIP_RULES if isinstance(rule, SeparableRule)], ids=str)
+@settings(max_examples=100, deadline=None)
+@given(columns=st.lists(any_norm, min_size=1, max_size=6))
+def test_a_separable_rule_needs_one_group_at_a_time(rule: SeparableRule, columns: list[float]) -> None:
+    state = rule.init(rule.groups(NAMES))
+    norms = norms_of(rule, columns) * torch.arange(1, max(rule.groups(NAMES)) + 2, dtype=torch.float64)[:, None]
+    for group, factors in enumerate(rule.factors(norms, None, state)):
+        assert torch.equal(factors, rule.group_factor(group, norms[group], state))
+
+
+def test_layers_are_the_modules_that_own_parameters() -> None:
+    names = ["scale", "a.weight", "a.bias", "b.0.weight", "a.inner.weight", "b.0.bias"]
+    assert PerLayer(1.0).groups(names) == [0, 1, 1, 2, 3, 2]
+    assert sum(bound**2 for bound in PerLayer(3.0).bounds(PerLayer(3.0).init([0, 1, 1, 2]))) == pytest.approx(9.0)
+
+
+def test_bounds_for_another_number_of_layers_are_refused() -> None:
+    with pytest.raises(InvalidArgument, match="2 bounds.*3 layers"):
+        PerLayer((1.0, 2.0)).init([0, 1, 2])
+    with pytest.raises(InvalidArgument, match="max_grad_norm"):
+        PerLayer((1.0, -2.0))

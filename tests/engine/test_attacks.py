@@ -249,18 +249,28 @@ def test_a_data_set_that_returns_several_rows_for_one_index_is_refused(tmp_path:
     assert charges(engine) == 0
 
 
-def test_checkpointed_layers_are_refused_by_name(tmp_path: Path) -> None:
-    class Checkpointed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner, self.out = nn.Linear(5, 5), nn.Linear(5, 3)
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.first, self.inner, self.out = nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+        self.reentrant = reentrant
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.out(checkpoint(self.inner, x, use_reentrant=False))
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(checkpoint(self.inner, self.first(x), use_reentrant=self.reentrant))
 
-    engine, model, optimizer, loader = make(tmp_path, Checkpointed())
-    with pytest.raises(UnsupportedOperation, match="checkpoint"):
+
+def test_reentrant_checkpoints_are_refused(tmp_path: Path) -> None:
+    engine, model, optimizer, loader = make(tmp_path, Checkpointed(True))
+    with pytest.raises(UnsupportedOperation, match=r"reentrant checkpoint.*use_reentrant=False"):
         train(engine, model, optimizer, loader, 1)
+    assert charges(engine) == 0
+
+
+def test_checkpoints_need_the_engines_own_backward_pass(tmp_path: Path) -> None:
+    engine, model, optimizer, loader = make(tmp_path, Checkpointed(False), loss_reduction="mean")
+    x, y = next(iter(loader))
+    with pytest.raises(UnsupportedOperation, match=r"checkpoint.*engine\.backward"):
+        F.cross_entropy(model(x), y).backward()
     assert charges(engine) == 0
 
 

@@ -234,10 +234,12 @@ def test_an_unknown_operation_on_a_parameter_is_named_with_the_remedy(tmp_path: 
             self.out = nn.Linear(5, 3)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.out(x @ torch.linalg.matrix_exp(self.matrix))
+            x = x.clone()
+            x[:, 0] = self.matrix[0, 0]
+            return self.out(x)
 
     engine, model, optimizer, loader = make(tmp_path, Odd())
-    with pytest.raises(UnsupportedOperation, match=r"matrix_exp.*'?matrix'?.*vmap"):
+    with pytest.raises(UnsupportedOperation, match=r"__setitem__.*'matrix'.*overwritten.*new tensor"):
         train(engine, model, optimizer, loader, 1)
     assert charges(engine) == 0
 
@@ -411,9 +413,14 @@ class Moving(nn.Module):
         return self.net(x)
 
 
-@pytest.mark.parametrize("model", [Centred, TimeMajor])
-def test_the_probe_catches_examples_that_move_each_other(tmp_path: Path, model: type[nn.Module]) -> None:
-    engine, attached, optimizer, loader = make(tmp_path, model())
+def test_the_probe_finds_the_examples_of_a_model_that_puts_them_second(tmp_path: Path) -> None:
+    engine, model, optimizer, loader = make(tmp_path, TimeMajor())
+    train(engine, model, optimizer, loader, 1)
+    assert charges(engine) == engine.steps_taken > 0
+
+
+def test_the_probe_catches_examples_that_move_each_other(tmp_path: Path) -> None:
+    engine, attached, optimizer, loader = make(tmp_path, Centred())
     with pytest.raises(CrossExample, match="parameter '"):
         train(engine, attached, optimizer, loader, 1)
     assert charges(engine) == 0

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from gradients.loop import PROBE_ROWS, observe, one_by_one, recorded
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -16,7 +17,12 @@ from dpkit.gradients import Capture, ghost, trainable, vmap
 
 @dataclass(frozen=True)
 class Setting:
-    """One model with one batch: ``build()`` returns the model and (inputs, targets, per-example loss weights)."""
+    """One model with one batch: ``build()`` returns the model and (inputs, targets, per-example loss weights).
+
+    Attributes:
+      observed: whether the backend is shown where the examples are, because they are not along the first axis.
+      mapped: whether ``torch.func.vmap`` can run the model.
+    """
 
     name: str
     model: Callable[[], nn.Module]
@@ -24,6 +30,8 @@ class Setting:
     loss: Callable[[nn.Module, Any], Tensor]
     dtype: torch.dtype = torch.float32
     tolerance: float = 1e-5
+    observed: bool = False
+    mapped: bool = True
 
     def build(self) -> tuple[nn.Module, tuple[Tensor, ...], int]:
         torch.manual_seed(7)
@@ -32,6 +40,14 @@ class Setting:
         model = self.model().to(self.dtype)
         if inputs.is_floating_point():
             inputs = inputs.to(self.dtype)
+        if self.observed:
+            repeated = (
+                torch.randn(PROBE_ROWS, *inputs.shape[1:]).to(inputs.dtype)
+                if inputs.is_floating_point()
+                else (torch.arange(PROBE_ROWS * inputs[0].numel()).view(PROBE_ROWS, *inputs.shape[1:]) % 11)
+            )
+            targets, ones = torch.arange(PROBE_ROWS) % 3, torch.ones(PROBE_ROWS, dtype=self.dtype)
+            observe(model, self.loss, (repeated, targets, ones))
         return model, (inputs, torch.arange(size) % 3, torch.ones(size, dtype=self.dtype)), size
 
 
@@ -50,6 +66,13 @@ def next_token(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
 def energy(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
     x, _, weight = batch
     return model(x).flatten(1).square().sum(1) * weight
+
+
+def tilted(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+    """Unlike the energy, it has a gradient after a normalization."""
+    x, _, weight = batch
+    out = model(x).flatten(1)
+    return (out * torch.cos(torch.arange(out.shape[1]).to(out)) + 0.1 * out.square()).sum(1) * weight
 
 
 class TiedBag(nn.Module):
@@ -257,32 +280,18 @@ SETTINGS = [
 def oracle(setting: Setting) -> tuple[Tensor, dict[str, Tensor]]:
     """The losses and name -> (B, entries) gradients in float64, by one backward pass for each example."""
     model, batch, size = setting.build()
-    parameters = trainable(model)
-    losses, found = [], {name: [] for name in parameters}
-    for b in range(size):
-        loss = setting.loss(model, tuple(part[b : b + 1] for part in batch))[0]
-        losses.append(loss.detach())
-        gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-        for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):
-            found[name].append((torch.zeros_like(parameter) if gradient is None else gradient).double().flatten())
-    stacked = {
-        name: torch.stack(rows) if rows else torch.zeros(0, parameters[name].numel(), dtype=torch.float64)
-        for name, rows in found.items()
-    }
-    return torch.stack(losses) if losses else torch.zeros(0, dtype=setting.dtype), stacked
+    losses, gradients = one_by_one(model, setting.loss, batch, size)
+    return losses.to(setting.dtype), gradients
 
 
 def _without_memory(model: nn.Module, loss_fn: Any, batch: Any, size: int) -> tuple[Any, Tensor]:
-    capture = Capture(trainable(model))
-    with capture:
-        losses = loss_fn(model, batch)
-    capture.backward(losses)
-    return capture.collect(size, keep_bytes=0), losses.detach()
+    return recorded(model, loss_fn, batch, size, keep_bytes=0)
 
 
 def _attached(model: nn.Module, loss_fn: Any, batch: Any, size: int) -> tuple[Any, Tensor]:
-    capture = Capture(trainable(model))
+    capture = Capture(trainable(model), layouts=ghost.memory(model).layouts)
     capture.attach(model)
+    capture.begin(size)
     losses = loss_fn(model, batch)
     torch.autograd.backward(losses, torch.ones_like(losses))
     found = capture.collect(size)

@@ -170,15 +170,25 @@ def test_two_forwards_and_two_backwards_add_up() -> None:
     torch.testing.assert_close(twice, 4 * once, rtol=1e-5, atol=0)
 
 
-def test_a_graph_that_is_walked_twice_is_recorded_twice() -> None:
+def test_a_graph_that_is_walked_again_after_its_batch_is_refused() -> None:
     model, x = make().eval(), torch.randn(6, 4)
     capture = attached(model)
     losses = model(x).square().sum(1)
     losses.sum().backward(retain_graph=True)
-    once = capture.collect(6).sq_norms()["2.bias"]
+    capture.collect(6)
+    with pytest.raises(errors.OutOfOrder, match="whose batch is over"):
+        losses.sum().backward()
+    assert not capture.pending
+
+
+def test_a_graph_that_is_walked_twice_in_a_batch_is_refused() -> None:
+    model, x = make().eval(), torch.randn(6, 4)
+    capture = attached(model)
+    capture.begin(6)
+    losses = model(x).square().sum(1)
     losses.sum().backward(retain_graph=True)
-    losses.sum().backward()
-    torch.testing.assert_close(capture.collect(6).sq_norms()["2.bias"], 4 * once, rtol=1e-5, atol=0)
+    with pytest.raises(errors.OutOfOrder, match=r"second backward pass reached parameter '2.*' in one batch"):
+        losses.sum().backward()
 
 
 def test_the_end_of_a_backward_pass_is_reported_once() -> None:

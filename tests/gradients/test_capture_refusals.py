@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from gradients.loop import PROBE_ROWS, observe
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import _get_current_function_mode_stack, handle_torch_function, has_torch_function
+from torch.utils.checkpoint import checkpoint
 
 from dpkit import errors
 from dpkit.gradients import Capture, ghost, trainable, vmap
@@ -18,13 +21,15 @@ GENERAL = r"backend=dpkit\.vmap.*requires_grad_\(False\)"
 
 
 class Uses(nn.Module):
-    """A model with the parameters w (4, 4), v (4,), and a forward pass from the table below."""
+    """A model with the parameters w (4, 4), v (4,), some layers, and a forward pass from the table below."""
 
     def __init__(self, use: Callable[[Any, Tensor], Tensor]) -> None:
         super().__init__()
         self.inner = nn.Module()
         self.inner.w = nn.Parameter(torch.randn(4, 4))
         self.inner.v = nn.Parameter(torch.randn(4))
+        self.layer = nn.Linear(4, 4)
+        self.lstm = nn.LSTM(4, 4, batch_first=True)
         self.outsider = torch.randn(4, 4, requires_grad=True)
         self.register_buffer("buffer", torch.randn(4))
         self.use = use
@@ -39,29 +44,46 @@ def scatter(m: Any, x: Tensor) -> Tensor:
     return x
 
 
-def copied(m: Any, x: Tensor) -> Tensor:
-    return torch.zeros(4).copy_(m.inner.v) + x
+def masked(m: Any, x: Tensor) -> Tensor:
+    """A mask token, written where the mask says."""
+    x = x.clone()
+    x[x[:, 0] > 0] = m.inner.v
+    return x
 
 
-def rows(m: Any, x: Tensor) -> Tensor:
-    return sum((x * row for row in m.inner.w), x)
+def into_a_derived(m: Any, x: Tensor) -> Tensor:
+    scale = m.inner.v.exp()
+    scale.add_(x.sum(0))
+    return x * scale
 
 
-USES: dict[str, tuple[Callable[[Any, Tensor], Tensor], str, str, str]] = {
-    "derived by transposition": (lambda m, x: x @ m.inner.w.t(), "t", "inner.w", GENERAL),
-    "derived by a property": (lambda m, x: x @ m.inner.w.T, "T.__get__", "inner.w", GENERAL),
-    "derived by indexing": (lambda m, x: x * m.inner.w[0], "__getitem__", "inner.w", GENERAL),
-    "derived by a function": (lambda m, x: x * torch.exp(m.inner.v), "exp", "inner.v", GENERAL),
-    "derived by concatenation": (lambda m, x: x * torch.cat([m.inner.v, m.inner.v])[:4], "cat", "inner.v", GENERAL),
-    "derived from two": (lambda m, x: x @ (m.inner.w * m.inner.v), "mul", "inner.w', 'inner.v", GENERAL),
-    "derived with a number": (lambda m, x: x * (1 + m.inner.v), "add", "inner.v", GENERAL),
-    "iterated over": (rows, "unbind", "inner.w", GENERAL),
-    "written into the batch": (scatter, "__setitem__", "inner.v", GENERAL),
-    "copied into a buffer": (copied, "copy_", "inner.v", GENERAL),
-    "no rule": (lambda m, x: torch.einsum("bi,ij->bj", x, m.inner.w), "einsum", "inner.w", GENERAL),
-    "from the left": (lambda m, x: m.inner.w @ x.mT, "matmul", "inner.w", GENERAL),
-    "batched weights": (lambda m, x: torch.matmul(x, x.mT @ x + m.inner.w), "add", "inner.w", "leading axis"),
-    "parameter as the input": (lambda m, x: F.linear(m.inner.w, m.inner.w) + x, "linear", "inner.w", GENERAL),
+def into_a_derived_row(m: Any, x: Tensor) -> Tensor:
+    weight = m.inner.w.clone()
+    weight[0] = x[0]
+    return x @ weight
+
+
+def noisy(x: Tensor, w: Tensor) -> Tensor:
+    """A torch function that draws random numbers."""
+    if has_torch_function((x, w)):
+        return handle_torch_function(noisy, (x, w), x, w)
+    return x * w * torch.rand_like(x)
+
+
+def packed(m: Any, x: Tensor) -> Tensor:
+    lengths = torch.ones(len(x), dtype=torch.long)
+    return m.lstm(nn.utils.rnn.pack_padded_sequence(x[:, None], lengths, batch_first=True))[0].data
+
+
+def ids(x: Tensor) -> Tensor:
+    return torch.zeros(len(x), 1, dtype=torch.long)
+
+
+Use = Callable[[Any, Tensor], Any]
+
+USES: dict[str, tuple[Use, str, str, str]] = {
+    "written into the batch": (scatter, "__setitem__", "inner.v", "new tensor"),
+    "written where a mask says": (masked, "__setitem__", "inner.v", "new tensor"),
     "no batch axis": (lambda m, x: F.linear(x[0], m.inner.w) + x, "linear", "inner.w", "along the first axis"),
     "no batch axis to norm": (
         lambda m, x: F.layer_norm(x[0], (4,), m.inner.v) + x,
@@ -69,67 +91,80 @@ USES: dict[str, tuple[Callable[[Any, Tensor], Tensor], str, str, str]] = {
         "inner.v",
         "along the first axis",
     ),
-    "a row for each example": (lambda m, x: x[:4] * m.inner.w, "mul", "inner.w", "leading axis"),
-    "meets no batch": (lambda m, x: x * (m.buffer * m.inner.v), "mul", "inner.v", "leading axis"),
     "overwritten": (lambda m, x: m.inner.v.add_(x.sum(0)) + x, "add_", "inner.v", "new tensor"),
+    "overwritten by a copy": (lambda m, x: m.inner.v.copy_(x[0]) + x, "copy_", "inner.v", "new tensor"),
+    "what was derived from it overwritten": (into_a_derived, "add_", "inner.v", "new tensor"),
+    "a row of what was derived from it overwritten": (into_a_derived_row, "__setitem__", "inner.w", "new tensor"),
     "foreign weight": (
-        lambda m, x: F.linear(x, m.outsider, m.inner.v),
-        "linear",
+        lambda m, x: F.layer_norm(x, (4,), m.outsider[0], m.inner.v),
+        "layer_norm",
         "inner.v",
-        GENERAL,
+        "not among the parameters.*" + GENERAL,
     ),
-    "scaled product": (
-        lambda m, x: torch.addmm(m.inner.v, x, m.inner.w, alpha=2),
-        "addmm",
-        "inner.v', 'inner.w",
-        r"bias \+ x @ weight",
+    "joined to the examples": (
+        lambda m, x: torch.cat([x, m.inner.w]),
+        "cat",
+        "inner.w",
+        "rows of one batch.*along another axis",
     ),
+    "random numbers": (lambda m, x: noisy(x, m.inner.v), "noisy", "inner.v", "draws random numbers.*" + GENERAL),
     "batch normalization": (
         lambda m, x: F.batch_norm(x, None, None, m.inner.v, training=True),
         "batch_norm",
         "inner.v",
-        "group normalization",
+        "mixes the examples.*group normalization",
     ),
-    "lookup that renormalizes": (
-        lambda m, x: F.embedding(torch.zeros(len(x), dtype=torch.long), m.inner.w, max_norm=1.0),
+    "batch normalization without statistics of its own": (
+        lambda m, x: F.batch_norm(x, None, None, weight=m.inner.v),
+        "batch_norm",
+        "inner.v",
+        "freeze its statistics",
+    ),
+    **{
+        f"lookup with {option}": (
+            lambda m, x, option={option: value}: F.embedding(ids(x), m.inner.w, **option),
+            "embedding",
+            "inner.w",
+            f"{option} .*leave {option} at its default",
+        )
+        for option, value in (("max_norm", 1.0), ("scale_grad_by_freq", True), ("sparse", True))
+    },
+    "lookup of constants that renormalizes": (
+        lambda m, x: x + F.embedding(torch.arange(4), m.inner.w, max_norm=1.0)[0],
         "embedding",
         "inner.w",
         "leave max_norm at its default",
     ),
-    "lookup scaled by frequency": (
-        lambda m, x: F.embedding(torch.zeros(len(x), dtype=torch.long), m.inner.w, scale_grad_by_freq=True),
-        "embedding",
-        "inner.w",
-        "leave scale_grad_by_freq at its default",
-    ),
-    "sparse lookup": (
-        lambda m, x: F.embedding(torch.zeros(len(x), dtype=torch.long), m.inner.w, sparse=True),
-        "embedding",
-        "inner.w",
-        "leave sparse at its default",
+    "packed sequences": (packed, "lstm", "lstm.weight_ih_l0", "pad .*mask"),
+    "reentrant checkpoint": (
+        lambda m, x: checkpoint(m.layer, x.requires_grad_(), use_reentrant=True),
+        "linear",
+        "layer.weight",
+        "use_reentrant=False",
     ),
 }
 
 
 @pytest.mark.parametrize("use", USES.values(), ids=USES.keys())
-def test_unsupported_uses_are_refused_by_name(use: tuple[Callable[[Any, Tensor], Tensor], str, str, str]) -> None:
+def test_unsupported_uses_are_refused_by_name(use: tuple[Use, str, str, str]) -> None:
     forward, operation, parameter, remedy = use
     model = Uses(forward)
     capture = Capture(trainable(model))
     capture.attach(model)
     with pytest.raises(errors.UnsupportedOperation) as refusal:
-        model(torch.randn(5, 4))
+        capture.backward(model(torch.randn(5, 4)).sum(1))
     message = str(refusal.value)
     assert operation in message.split(": ", 1)[0], message
     assert f"'{parameter}'" in message, message
     assert re.search(remedy, message), message
     assert not capture.pending
+    assert _get_current_function_mode_stack() == []
 
 
 def refused_at_collect(model: nn.Module, x: Tensor, size: int) -> str:
     capture = Capture(trainable(model))
     with capture:
-        losses = model(x).flatten(1).sum(1)
+        losses = model(capture.batch(x)).flatten(1).sum(1)
     capture.backward(losses)
     with pytest.raises(errors.UnsupportedOperation) as refusal:
         capture.collect(size)
@@ -163,24 +198,72 @@ def test_a_leading_axis_that_is_not_the_batch_is_refused(
     assert "keep the examples along the first axis" in message
 
 
-def test_attention_is_refused_with_its_parameters() -> None:
-    model = nn.MultiheadAttention(4, 2, batch_first=True)
-    with pytest.raises(
-        errors.UnsupportedOperation,
-        match=r"multi_head_attention_forward: parameters 'in_proj_bias'|'in_proj_weight'.*vmap",
-    ):
-        ghost.per_sample(model, lambda m, x: m(x, x, x)[0].sum((1, 2)), torch.randn(3, 5, 4), 3)
+class Rows(nn.Module):
+    """Each example for itself, in a loop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.v = nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([row.dot(self.v) for row in x])[:, None]
 
 
-def test_autocast_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("model", "x", "names"),
+    [
+        (Rows(), torch.randn(5, 4), r"dot: .*parameter 'v'"),
+        (Uses(lambda m, x: torch.sparse.mm(x.to_sparse(), m.inner.w)), torch.randn(5, 4), r"mm: .*parameter 'inner.w'"),
+        (
+            Uses(lambda m, x: m.layer(torch.nested.as_nested_tensor(list(x[:, None]), layout=torch.jagged)).values()),
+            torch.randn(5, 4),
+            r"linear: .*parameters 'layer.weight', 'layer.bias'.*nested",
+        ),
+    ],
+    ids=["examples in a loop", "sparse", "jagged"],
+)
+def test_batches_of_other_kinds_are_refused(model: nn.Module, x: Tensor, names: str) -> None:
+    capture = Capture(trainable(model))
+    capture.attach(model)
+    capture.begin(5)
+    with pytest.raises(errors.UnsupportedOperation, match=names):
+        capture.backward(model(x).sum(1))
+        capture.collect(5)
+    assert _get_current_function_mode_stack() == []
+
+
+def test_examples_that_mixed_before_are_refused() -> None:
+    """What was observed is a layout that no rule can work with."""
+    model = nn.Sequential(nn.Linear(4, 4), Uses(lambda m, x: F.linear(x - x.mean(0), m.inner.w)))
+
     def loss_fn(model: nn.Module, x: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            return model(x).sum(1)
+        return model(x).square().sum(1)
 
-    with pytest.raises(
-        errors.UnsupportedOperation, match=r"linear: .* parameters 'weight', 'bias'.*autocast.*model.bfloat16\(\)"
-    ):
-        ghost.per_sample(nn.Linear(4, 3), loss_fn, torch.randn(5, 4), 5)
+    observe(model, loss_fn, torch.randn(4, 4))
+    with pytest.raises(errors.CrossExample, match=r"linear: .*'1.inner.w'.*examples have mixed before it.*norm"):
+        ghost.per_sample(model, loss_fn, torch.randn(5, 4), 5)
+
+
+def test_rows_that_do_not_divide_among_the_examples_are_refused() -> None:
+    """Folded rows whose number depends on the data."""
+
+    class Filled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            rows = x.flatten(0, 1)
+            out = self.layer(rows if len(x) == PROBE_ROWS else rows[:-1])
+            return out.sum(1)[: len(x), None]
+
+    def loss_fn(model: nn.Module, x: Tensor) -> Tensor:
+        return model(x).square().sum(1)
+
+    model = Filled()
+    observe(model, loss_fn, torch.randn(PROBE_ROWS, 3, 4))
+    with pytest.raises(errors.UnsupportedOperation, match=r"14 rows do not divide.*batch of 5.*public number of rows"):
+        ghost.per_sample(model, loss_fn, torch.randn(5, 3, 4), 5)
 
 
 def test_double_backward_is_refused() -> None:
@@ -209,17 +292,28 @@ class Square(torch.autograd.Function):
         return gradient * w, (gradient * x).sum(0)
 
 
-@pytest.mark.parametrize("where", ["in another autograd function", "outside of the model"])
+PAST: dict[str, Use] = {
+    "in another autograd function": lambda m, x: Square.apply(F.linear(x, m.inner.w), m.inner.v),
+    "under vmap": lambda m, x: torch.vmap(lambda row: F.linear(row, m.inner.w) * m.inner.v)(x),
+    "written into a view of a constant": lambda m, x: into_a_view(torch.zeros(4), m.inner.v) * F.linear(x, m.inner.w),
+    "outside of the model": lambda m, x: F.linear(x, m.inner.w),
+}
+
+
+def into_a_view(constant: Tensor, v: Tensor) -> Tensor:
+    constant[0:3].copy_(v[0:3])
+    return constant
+
+
+@pytest.mark.parametrize("where", PAST)
 def test_a_use_past_the_capture_is_refused(where: str) -> None:
-    model = Uses(
-        lambda m, x: Square.apply(F.linear(x, m.inner.w), m.inner.v) if "another" in where else F.linear(x, m.inner.w)
-    )
+    model = Uses(PAST[where])
     capture = Capture(trainable(model))
     capture.attach(model)
     losses = model(torch.randn(5, 4)).sum(1)
     if "outside" in where:
         losses = losses + model.inner.v.square().sum()
-    with pytest.raises(errors.UnsupportedOperation, match=r"parameter 'inner.v' past the capture.*dpkit.vmap"):
+    with pytest.raises(errors.UnsupportedOperation, match=r"'inner\.v' past the capture.*dpkit.vmap"):
         capture.backward(losses)
     assert not capture.pending
     assert model.inner.v.grad is None

@@ -7,36 +7,54 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from dpkit.gradients import factors
-from dpkit.gradients.factors import ROUNDING_CHAIN, Dense, Factor, Form, OneHot, Outer, Workspace, join
+from dpkit.gradients import arithmetic, factors, forms
+from dpkit.gradients.arithmetic import ROUNDING_CHAIN
+from dpkit.gradients.factors import Dense, Factor, OneHot, Outer, written
+from dpkit.gradients.forms import Form, join
+from dpkit.gradients.strategy import Workspace, as_products
 
 UNIT = 2.0**-24
-KEEP = {"kept": 1 << 40, "not kept": 0}
+KEEP = {"kept": 1 << 40, "not kept": 0, "Gram": -1}
 
 
 def exact(found: list[Factor], entries: int) -> Tensor:
     """(B, entries) float64 gradients of the numbers in the factors."""
-    return factors.written(found, slice(None), torch.empty(found[0].size, entries, dtype=torch.float64))
+    return written(found, slice(None), torch.empty(found[0].size, entries, dtype=torch.float64))
 
 
 def stored(form: Form, found: list[Factor], entries: int) -> Tensor:
     """(B, entries) float64: what the form adds up, without further rounding."""
-    if isinstance(form, factors.Kept):
+    if isinstance(form, forms.Kept):
         return form.gradients.double()
-    if isinstance(form, factors.Coalesced):
+    if isinstance(form, forms.Coalesced):
         tables = torch.zeros(form.size, form.entries, form.rows.shape[1], dtype=torch.float64)
         tables[form.units, form.tokens] = form.rows.double()
         return tables.flatten(1)
+    if isinstance(form, forms.Recomputed):
+        dtype = torch.float64 if found[0].dtype == torch.float64 else torch.float32
+        return written(form.factors, slice(None), torch.empty(found[0].size, entries, dtype=dtype)).double()
     return exact(found, entries)
 
 
 def joined(found: list[Factor], entries: int, keep_bytes: int) -> Form:
     dtype = torch.float64 if found[0].dtype == torch.float64 else torch.float32
+    products = as_products(factors.joined(found)) if keep_bytes < 0 else None
+    if products is not None:
+        return forms.Gram.of(products, torch.device("cpu"))
     form, _ = join(found, torch.empty(entries, dtype=dtype), found[0].size, keep_bytes, Workspace())
     return form
+
+
+def magnitude(factor: Factor) -> Tensor:
+    """(B,) the sum of the lengths of the products that a factor adds up."""
+    if isinstance(factor, Dense):
+        return factor.gradients.flatten(1).double().norm(dim=1)
+    assert isinstance(factor, Outer | OneHot)
+    left = factor.u.double().norm(dim=2) if isinstance(factor, Outer) else torch.ones(factor.ids.shape)
+    return (left * factor.v.double().norm(dim=2)).sum(1)
 
 
 def offset_tokens(offset: float) -> list[Factor]:
@@ -90,7 +108,7 @@ def test_no_cancellation_hides_a_norm(build: Callable[[float], list[Factor]], of
         added = form.weighted_sum(torch.eye(6)[b]).double().norm()
         assert added <= bounds[b] * (1 + (ROUNDING_CHAIN + 8) * UNIT)
     lengths = stored(form, found, 20 * 24).norm(dim=1)
-    scale = torch.stack([factor.magnitude() for factor in found]).sum(0)
+    scale = torch.stack([magnitude(factor) for factor in found]).sum(0)
     assert (bounds >= lengths).all()
     assert (bounds <= lengths * (1 + 1e-5) + 2.0**-16 * scale).all()
 
@@ -120,10 +138,11 @@ def test_sums_of_aligned_examples_round_as_promised(kind: str, size: int, keep: 
 
 def test_blocks_of_a_few_rows_round_as_promised(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients so large that they are written out two examples at a time."""
-    monkeypatch.setattr(factors, "_BLOCK_BYTES", {"cpu": 2 * 42 * 4})
+    monkeypatch.setattr(arithmetic, "_BLOCK_BYTES", {"cpu": 2 * 42 * 4})
     test_sums_of_aligned_examples_round_as_promised("tokens", 300, 1 << 40)
     test_no_cancellation_hides_a_norm(offset_tokens, 3000.0, 1 << 40)
     test_no_cancellation_hides_a_norm(offset_and_tied, 3000.0, 0)
+    test_no_cancellation_hides_a_norm(offset_and_tied, 3000.0, -1)
 
 
 @pytest.mark.parametrize("kind", ["one vector", "written out"])
@@ -154,39 +173,9 @@ def test_sums_keep_their_precision_where_float32_products_are_shortened(kind: st
 
 
 def test_a_gradient_beyond_float32_has_an_infinite_norm() -> None:
-    gradients = factors.PerSampleGradients(
-        2, {"w": factors.RankOne(torch.tensor([[1e12], [1.0]]), torch.tensor([[1e12], [2.0]]))}, {"w": torch.Size([1])}
+    gradients = forms.PerSampleGradients(
+        2, {"w": forms.RankOne(torch.tensor([[1e12], [1.0]]), torch.tensor([[1e12], [2.0]]))}, {"w": torch.Size([1])}
     )
     norms = gradients.sq_norms()["w"]
     assert norms[0] == torch.inf
     assert norms[1] == pytest.approx(4.0, rel=1e-5)
-
-
-def test_the_form_follows_the_memory_that_is_left() -> None:
-    token: list[Factor] = [Outer(torch.ones(2, 9, 3), torch.ones(2, 9, 4))]
-    parameter, space = nn.Parameter(torch.ones(3, 4)), Workspace()
-    needed = 2 * 12 * 4
-    form, taken = join(token, parameter, 2, needed, space)
-    assert isinstance(form, factors.Kept)
-    assert taken == needed
-    assert isinstance(join(token, parameter, 2, needed - 1, space)[0], factors.Gram)
-    assert isinstance(join([*token, Dense(torch.ones(2, 3, 4))], parameter, 2, 0, space)[0], factors.Recomputed)
-
-
-def test_written_out_gradients_live_in_memory_that_is_lent_once() -> None:
-    parameter, space = nn.Parameter(torch.ones(3, 4)), Workspace()
-
-    def kept_of(value: float, size: int) -> factors.Kept:
-        outer = Outer(torch.full((size, 9, 3), value), torch.ones(size, 9, 4))
-        form, _ = join([outer], parameter, size, 1 << 20, space)
-        assert isinstance(form, factors.Kept)
-        return form
-
-    first = kept_of(1.0, 5)
-    second = kept_of(2.0, 5)
-    assert (first.gradients == 9).all()
-    assert (second.gradients == 18).all()
-    address = second.gradients.data_ptr()
-    del first, second
-    assert kept_of(3.0, 4).gradients.data_ptr() == address
-    assert len(kept_of(4.0, 6).gradients) == 6

@@ -6,18 +6,39 @@ from typing import Any
 
 import pytest
 import torch
+from gradients.layer_settings import LAYERS
 from gradients.settings import BACKENDS, SETTINGS, Setting, oracle
+from gradients.use_settings import USES
 
-from dpkit.gradients.factors import ROUNDING_CHAIN
+from dpkit.gradients.arithmetic import ROUNDING_CHAIN
 
-# torch's own remark on the oracle's convolution.
-pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
+pytestmark = [
+    # torch's own remarks on the oracle's convolution, and on what its vmap does one by one.
+    pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning"),
+    pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet implemented:UserWarning"),
+]
 
-over_backends = pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS.keys())
-over_settings = pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
-over_crowds = pytest.mark.parametrize(
-    "setting", [setting for setting in SETTINGS if len(setting.inputs()) > 1], ids=lambda setting: setting.name
-)
+
+def pairs(settings: list[Setting], *backends: str) -> list[Any]:
+    """Every one of the backends with every setting that it can run."""
+    return [
+        pytest.param(BACKENDS[name], setting, id=f"{name}-{setting.name}")
+        for name in backends
+        for setting in settings
+        if setting.mapped or name != "vmap"
+    ]
+
+
+def crowds(settings: list[Setting]) -> list[Setting]:
+    return [setting for setting in settings if len(setting.inputs()) > 1]
+
+
+over_all = pytest.mark.parametrize(("backend", "setting"), pairs([*SETTINGS, *LAYERS, *USES], *BACKENDS))
+# What holds of one way to run a layer holds of the others once the gradients are the same.
+MOST = [*pairs(SETTINGS, *BACKENDS), *pairs([*LAYERS, *USES], "ghost")]
+over_most = pytest.mark.parametrize(("backend", "setting"), MOST)
+CROWDS = [*pairs(crowds(SETTINGS), *BACKENDS), *pairs(crowds([*LAYERS, *USES]), "ghost")]
+over_crowds = pytest.mark.parametrize(("backend", "setting"), CROWDS)
 
 
 def per_sample(backend: Any, setting: Setting) -> tuple[Any, torch.Tensor]:
@@ -32,8 +53,7 @@ def some_weights(norms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: torch.rand(len(norm), generator=generator, dtype=torch.float64) for name, norm in norms.items()}
 
 
-@over_backends
-@over_settings
+@over_all
 def test_norms_and_sums_are_those_of_a_loop_over_examples(backend: Any, setting: Setting) -> None:
     true_losses, gradients = oracle(setting)
     found, losses = per_sample(backend, setting)
@@ -42,10 +62,13 @@ def test_norms_and_sums_are_those_of_a_loop_over_examples(backend: Any, setting:
     assert found.size == len(true_losses)
     norms = found.sq_norms()
     assert norms.keys() == gradients.keys()
-    # A gradient that is zero but for rounding has no relative error: measure against the largest of the examples.
+    # A gradient that is zero but for rounding (the keys' bias in attention) has no relative error: measure against the
+    # largest of the examples, and against what rounding leaves of the largest gradient.
+    largest = max((float(rows.norm(dim=1).max()) for rows in gradients.values() if len(rows)), default=0.0)
+    noise = setting.tolerance / 30 * largest + 1e-15
     for name, rows in gradients.items():
         norm = rows.norm(dim=1)
-        floor = setting.tolerance * float(norm.max()) + 1e-15 if len(norm) else 0.0
+        floor = setting.tolerance * float(norm.max()) + noise if len(norm) else 0.0
         torch.testing.assert_close(norms[name].double().sqrt(), norm, rtol=setting.tolerance, atol=floor)
     weights = some_weights(norms)
     shapes = {name: parameter.shape for name, parameter in setting.build()[0].named_parameters()}
@@ -55,11 +78,10 @@ def test_norms_and_sums_are_those_of_a_loop_over_examples(backend: Any, setting:
         assert sums[name].shape == shapes[name]
         assert sums[name].dtype == (torch.float64 if setting.dtype == torch.float64 else torch.float32)
         error = (sums[name].double().flatten() - weights[name] @ rows).norm()
-        assert error <= setting.tolerance * (weights[name] @ rows.norm(dim=1)) + 1e-30, name
+        assert error <= setting.tolerance * (weights[name] @ rows.norm(dim=1)) + len(rows) * noise, name
 
 
-@over_backends
-@over_settings
+@over_most
 def test_norms_are_never_below_what_is_summed(backend: Any, setting: Setting) -> None:
     found, _ = per_sample(backend, setting)
     norms = found.sq_norms()
@@ -70,8 +92,7 @@ def test_norms_are_never_below_what_is_summed(backend: Any, setting: Setting) ->
             assert length <= bound * (1 + (ROUNDING_CHAIN + 8) * 2.0**-24), (name, b)
 
 
-@over_backends
-@over_settings
+@over_most
 def test_selected_units_are_the_same_units(backend: Any, setting: Setting) -> None:
     found, _ = per_sample(backend, setting)
     keep = torch.arange(found.size) % 3 != 1
@@ -86,7 +107,6 @@ def test_selected_units_are_the_same_units(backend: Any, setting: Setting) -> No
         assert (value.double() - zeroed[name].double()).norm() <= 2.0**-16 * bound + 1e-30
 
 
-@over_backends
 @over_crowds
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, 1e30])
 def test_a_poisoned_example_spoils_itself_alone(backend: Any, setting: Setting, poison: float) -> None:

@@ -26,8 +26,7 @@ from dpkit.engine.attachment import Attachment
 from dpkit.engine.loader import Draws
 from dpkit.engine.plan import Plan
 from dpkit.engine.step import ClippedAccumulator
-from dpkit.gradients import PerSample
-from dpkit.gradients.factors import PerSampleGradients
+from dpkit.gradients import PerSample, PerSampleGradients
 from dpkit.mechanisms import Gaussian, NoiseKey, RunKey
 from dpkit.sampling import Poisson
 from dpkit.types import ClippedSum, Named, Released
@@ -376,9 +375,9 @@ def _only_the_first_microbatch(patch: Patch, active: Active) -> None:
     lambda setup: setup.subject in ("tied", "twice") and setup.backend == "ghost",
 )
 def _one_use_in_the_norm(patch: Patch, active: Active) -> None:
-    from dpkit.gradients import factors
+    from dpkit.gradients import tape
 
-    shipped = factors.join
+    shipped = tape.join
 
     def join(found: Any, *rest: Any) -> Any:
         form, kept = shipped(found, *rest)
@@ -388,7 +387,7 @@ def _one_use_in_the_norm(patch: Patch, active: Active) -> None:
             form = _Disagreeing(form, alone)
         return form, kept
 
-    patch.setattr(factors, "join", join)
+    patch.setattr(tape, "join", join)
 
 
 @dataclass
