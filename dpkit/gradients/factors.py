@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dpkit.gradients.arithmetic import accumulation_dtype, blocks, wide_gram, wide_product
+from dpkit.gradients.arithmetic import accumulation_dtype, blocks, linear_product, wide_gram, wide_product
 
 NARROW = 4
 """How much slower a product with few columns is than a square one."""
@@ -312,7 +312,7 @@ class Vectors(Products):
             else:
                 u = u * w
             left, right = u.flatten(0, 1).mT, v[:, :steps].flatten(0, 1)
-            total = torch.mm(left, right) if not bytes_per_unit else total.addmm_(left, right)
+            total = linear_product(left, right.mT) if not bytes_per_unit else total.addmm_(left, right)
             if self.ids is not None:
                 total.index_add_(0, self.ids[rows].flatten(), v[:, steps:].flatten(0, 1))
         return total

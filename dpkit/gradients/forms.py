@@ -41,8 +41,10 @@ from dpkit.gradients.arithmetic import (
     accumulation_dtype,
     blocks,
     full_precision,
+    linear_product,
     product,
     sq_norms,
+    wide_product,
 )
 from dpkit.gradients.factors import Dense, Factor, OneHot, Outer, Products, flat, joined, written
 from dpkit.gradients.strategy import Workspace
@@ -52,6 +54,8 @@ from dpkit.types import Named
 _PANEL_ENTRIES = 128 << 10
 # Numbers in written-out gradients below which the call costs more than the arithmetic.
 _SMALL = 32 << 10
+# Entries of a sum from which on one product and its test cost less than products in short chains.
+_TESTED = 256 << 10
 
 
 class Form(Protocol):
@@ -88,6 +92,11 @@ class RankOne:
         else:
             v = v * weights
         (size, p), d = u.shape, v.shape[1]
+        if size > ROUNDING_CHAIN and p * d >= _TESTED and dtype == torch.float32:
+            with full_precision(u.device):
+                total = linear_product(u.mT, v.mT)
+                if self._passes(total, weights[:, 0].double()):
+                    return total
         whole = u.device.type != "cpu" or size <= ROUNDING_CHAIN
         panel = p if whole else max(1, _PANEL_ENTRIES // max(1, d))
         out = u.new_empty(p, d)
@@ -95,6 +104,16 @@ class RankOne:
             for top in range(0, p, max(1, panel)):
                 product(u[:, top : top + panel], v, out[top : top + panel])
         return out
+
+    def _passes(self, total: Tensor, weights: Tensor) -> bool:
+        """Whether a sum whose chains are longer than promised is as close all the same; see ``probes.py``."""
+        (size, p), d = self.u.shape, self.v.shape[1]
+        drawn = probes.draw(d, probes.count(1), total.device)
+        contracted = wide_product(drawn, self.v.mT).mT * weights[:, None]
+        difference = wide_product(drawn, total.mT) - wide_product(contracted, self.u)
+        norms = weights @ self.sq_norms().sqrt()
+        blur = (size + 4 * (p + d) + 16) * 2.0**-53 * torch.linalg.vector_norm(drawn) * norms
+        return probes.close(difference, drawn, blur, norms)
 
     def select(self, keep: Tensor) -> RankOne:
         return RankOne(self.u[keep], self.v[keep])
@@ -221,8 +240,7 @@ class Gram:
         # Float64 rounds both sketches: a sum of n products is off by n 2^-53 times the sum of their absolute values.
         additions = self.products.size * self.products.steps + 4 * self.products.terms + 16
         blur = additions * 2.0**-53 * torch.linalg.vector_norm(self.probes) * (weights @ self.magnitudes)
-        error = probes.tail(self.probes.shape[1]) * (torch.linalg.vector_norm(difference) + 2 * blur)
-        return bool(error * (1 + 2.0**-20) <= probes.ALLOWED * 2.0**-24 * (weights @ self.squares.sqrt()))
+        return probes.close(difference, self.probes, blur, weights @ self.squares.sqrt())
 
     def select(self, keep: Tensor) -> Gram:
         sketches = None if self.sketches is None else self.sketches[keep]

@@ -68,3 +68,16 @@ def count(steps: int) -> int:
         if tail(number) * math.sqrt(number) * expected <= ALLOWED:
             return number
     return _MOST_PROBES
+
+
+def close(difference: Tensor, drawn: Tensor, blur: Tensor, norms: Tensor) -> bool:
+    """Whether a sum is as close to the true one as the forms promise.
+
+    Args:
+      difference: of the two sketches, in float64.
+      drawn: the probes.
+      blur: what float64 rounding may have put into either sketch.
+      norms: sum_b w_b n_b.
+    """
+    error = tail(drawn.shape[1]) * (torch.linalg.vector_norm(difference) + 2 * blur)
+    return bool(error * (1 + 2.0**-20) <= ALLOWED * 2.0**-24 * norms)

@@ -15,16 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dpkit.gradients.arithmetic import accumulation_dtype
+from dpkit.gradients.arithmetic import accumulation_dtype, linear_product
 from dpkit.gradients.factors import Dense, Factor, Outer
 
 if TYPE_CHECKING:
     from dpkit.gradients.capture import Call
     from dpkit.gradients.layout import Layout
-
-_LARGE_PRODUCT = 1 << 20
-"""Multiplications from which on a call of oneDNN costs less than it saves."""
-
 
 # --------------------------------------------------------------------------------------------------------------- rules
 
@@ -138,7 +134,7 @@ class _Linear:
         x, weight = saved
         grad_input = None
         if need_input and weight is not None:
-            grad_input = product(grad, weight.mT if self.outputs_first else weight)
+            grad_input = linear_product(grad, weight.mT if self.outputs_first else weight)
         found: list[tuple[Any, Factor]] = []
         name, bias_name = self.names
         q = self._steps(grad)
@@ -178,25 +174,3 @@ class _RowsOfMatrices:
         between = (1,) * (q.dim() - 1 - weight.dim()) + tuple(weight.shape)
         gradients = (inputs.mT @ q).sum_to_size(len(q), *between).reshape(len(q), *weight.shape)
         return grad_input, [(name, Dense(gradients)) for name in self.names if name is not None]
-
-
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, plus: Tensor | None = None) -> Tensor:
-    """``x @ weight^T + bias``, or ``x @ weight^T + plus`` with ``plus`` of the result's shape; records no gradient.
-
-    On a CPU, large products in float32 go to oneDNN, which is twice as fast as the library behind ``torch.matmul`` on
-    processors that the latter does not know, and as fast on others.
-    """
-    if (
-        x.dtype == torch.float32 == weight.dtype
-        and x.device.type == "cpu"
-        and x.numel() * weight.shape[0] >= _LARGE_PRODUCT
-        and _ONEDNN is not None
-    ):
-        if plus is not None:
-            return _ONEDNN.binary(x, plus, weight, bias, "add")
-        return _ONEDNN(x, weight, bias, "none", [], "")
-    y = F.linear(x, weight, bias)
-    return y if plus is None else y.add_(plus)
-
-
-_ONEDNN: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None

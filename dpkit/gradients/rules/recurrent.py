@@ -23,10 +23,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dpkit.gradients.arithmetic import accumulation_dtype
+from dpkit.gradients.arithmetic import accumulation_dtype, linear_product
 from dpkit.gradients.factors import Dense, Factor, Outer
 from dpkit.gradients.rules.elementwise import _by_rows as by_rows
-from dpkit.gradients.rules.linear import product
 
 if TYPE_CHECKING:
     from dpkit.gradients.capture import Call
@@ -241,7 +240,7 @@ class _Layer:
             for of_directions, grad in zip(grad_initial, states, strict=True):
                 of_directions.append(grad)
             if need_inputs[0]:
-                part = product(gates, w.mT)
+                part = linear_product(gates, w.mT)
                 grad_x = part if grad_x is None else grad_x.add_(part)
         stacked = (
             torch.stack(grads).to(saved[0].dtype) if needed else None
@@ -322,7 +321,7 @@ def _differentiate_lstm(run: _Run) -> tuple[Tensor, Tensor, Tensor, list[Tensor]
     (steps, size, width), weights = run.y.shape, run.weights
     before, first = run.before(), run.initial[1]
     bias = None if weights.b is None or weights.b_h is None else weights.b + weights.b_h
-    a = product(torch.cat((run.x, before), 2), torch.cat((weights.w, weights.w_h), 1), bias)
+    a = linear_product(torch.cat((run.x, before), 2), torch.cat((weights.w, weights.w_h), 1), bias)
     a = a.view(steps, size, 4, width)
     a[:, :, :2].sigmoid_()
     i, o = a[:, :, 0], a[:, :, 3].sigmoid_()
@@ -356,7 +355,7 @@ def _differentiate_lstm(run: _Run) -> tuple[Tensor, Tensor, Tensor, list[Tensor]
         through_c.mul_(dc_each)
         output.mul_(dh)
         dc.mul_(kept)
-        dh = product(whole, back, plus=grad)
+        dh = linear_product(whole, back, plus=grad)
     return flat, flat, before, [dh, dc]
 
 
@@ -364,8 +363,8 @@ def _differentiate_gru(run: _Run) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]
     """r, z = sigmoid(a + a'); n = tanh(a + r a'); h_t = (1 - z) n + z h_(t-1)."""
     (steps, size, width), weights = run.y.shape, run.weights
     before = run.before()
-    a = product(run.x, weights.w, weights.b).view(steps, size, 3, width)
-    a_h = product(before, weights.w_h, weights.b_h).view(steps, size, 3, width)
+    a = linear_product(run.x, weights.w, weights.b).view(steps, size, 3, width)
+    a_h = linear_product(before, weights.w_h, weights.b_h).view(steps, size, 3, width)
     a[:, :, :2].add_(a_h[:, :, :2]).sigmoid_()
     r, z = a[:, :, 0], a[:, :, 1]
     n = a[:, :, 2].addcmul(r, a_h[:, :, 2]).tanh_()
@@ -384,7 +383,7 @@ def _differentiate_gru(run: _Run) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]
         each.mul_(dh.unsqueeze(1))
         of_new.mul_(dh)
         direct = dh * kept if grad is None else torch.addcmul(grad, dh, kept)
-        dh = product(whole, back, plus=direct)
+        dh = linear_product(whole, back, plus=direct)
     gates = gates_h.clone()
     gates[:, :, 2] = new
     return gates.flatten(2), flat, before, [dh]
@@ -396,7 +395,7 @@ def _differentiate_plain(run: _Run, gates: Tensor) -> tuple[Tensor, Tensor, Tens
     dh, earlier = run.arriving()
     for (whole,), grad in zip(run.last_first(gates.unbind(0)), earlier, strict=True):
         whole.mul_(dh)
-        dh = product(whole, back, plus=grad)
+        dh = linear_product(whole, back, plus=grad)
     return gates, gates, run.before(), [dh]
 
 
