@@ -6,6 +6,7 @@ DpkitError
 ├── ConfigError              a configuration file with unknown keys or wrong values
 ├── RunFolderError           a run folder that cannot be used, or a path that leaves it
 ├── CheckpointError          a checkpoint that is damaged, or of another model, plan or run
+├── OutOfMemory              a batch that did not fit, with the number of rows that would
 └── Refused                  what dpkit will not do, named, with the way out
     ├── UnsupportedOperation     an operation on a trainable parameter without a per-sample rule
     ├── UnsupportedModule        a module that mixes examples or moves buffers (BatchNorm in training mode, ...)
@@ -60,6 +61,10 @@ class RunFolderError(DpkitError):
 
 class CheckpointError(DpkitError):
     """A checkpoint cannot be written, or is damaged, or is of another model, plan or run."""
+
+
+class OutOfMemory(DpkitError):
+    """A batch did not fit into memory; the message says how many rows would."""
 
 
 class Refused(DpkitError):

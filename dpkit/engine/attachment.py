@@ -42,8 +42,10 @@ from .guards import (
     refuse_loss_shape,
 )
 from .loader import Draw, PrivateLoader
+from .memory import explained
 from .plan import Plan
 from .probe import probe_forward, training_mode
+from .rows import left_behind, refuse_shared_outputs
 from .step import BatchDiagnostics, ClippedAccumulator, StepState, release
 
 REDUCTIONS = ("none", "mean", "sum")
@@ -209,6 +211,8 @@ class Attachment:
             self.between_steps()
         self._draw = draw
         if self.capture is not None:
+            if self.capture.outputs is not None:
+                self.capture.outputs = []
             self.capture.begin(draw.rows, rows=draw.rows * self._rows_per_unit)
 
     def _forget(self) -> None:
@@ -400,22 +404,31 @@ class Attachment:
         self._refuse_unprobed()
         self._refuse_unused_release("the next release would overwrite it")
         refuse_foreign_leaves(losses, self._covered())
+        tape = self.capture.tape
+        if self._reduction == "none" and self.capture.outputs is not None:
+            tape.muted = True
+            try:
+                refuse_shared_outputs(losses, [*self.capture.outputs, *left_behind(self._require_model())])
+            finally:
+                tape.muted = False
+            self.capture.outputs = None  # until the model is called in a new way
         draw = self.take_draw()
         self._open(draw)
         self._differentiating = True
-        try:
-            self.capture.backward(losses, places=places, consumer=self.consumer)
-        except BaseException:
-            self.capture.reset()
-            raise
-        finally:
-            self._differentiating = False
-        if self._reduction != "none":
-            self._finish(draw)
-        elif places is None or units is None:
-            self._finish(draw, losses)
-        else:
-            self._finish(draw, losses.new_zeros(draw.rows).index_add(0, units, losses.detach()))
+        with explained(draw.rows, self.capture.anchor.device, lambda: tape.activations):
+            try:
+                self.capture.backward(losses, places=places, consumer=self.consumer)
+            except BaseException:
+                self.capture.reset()
+                raise
+            finally:
+                self._differentiating = False
+            if self._reduction != "none":
+                self._finish(draw)
+            elif places is None or units is None:
+                self._finish(draw, losses)
+            else:
+                self._finish(draw, losses.new_zeros(draw.rows).index_add(0, units, losses.detach()))
 
     def _places(self, units: Tensor | None, size: int, losses: Tensor) -> Tensor | None:
         """The rows of each unit, where the loop makes several."""
@@ -582,6 +595,7 @@ class Attachment:
                 places = probe_forward(model, call, rows)
             if places:
                 self._probed[way] = places
+                self.capture.outputs = []
         found = listed(call)
         if not places or any(found[place.number].shape[place.axis] != rows for place in places):
             return None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import fields, is_dataclass
+from enum import Enum
 from typing import Any
 
 import torch
@@ -49,14 +50,14 @@ def tensors(batch: Batch) -> list[Tensor]:
 
 
 def structure(batch: Batch) -> Hashable:
-    """What kind of batch it is: types, names and numbers of axes, no sizes and no values."""
+    """What kind of batch it is: types, names, numbers of axes, and flags (True, "sum"); no sizes, no other values."""
     if isinstance(batch, Tensor):
         return batch.dtype, batch.dim()
     if isinstance(batch, Mapping):
         return tuple((str(key), structure(value)) for key, value in batch.items())
     if isinstance(batch, (tuple, list)):
         return tuple(structure(value) for value in batch)
-    return type(batch)
+    return batch if isinstance(batch, (bool, str, Enum)) else type(batch)
 
 
 def take(batch: Batch, rows: slice | Tensor) -> Batch:

@@ -46,6 +46,7 @@ from .calibration import choose_mechanism
 from .checkpoint import Checkpoint, Manifest
 from .guards import refuse_model, refuse_optimizer
 from .loader import Draws, Loading, PrivateLoader, filled, microbatch_rows
+from .memory import explained
 from .plan import LARGEST_EXCESS, Plan, check_count, check_number, steps_per_epoch
 from .probe import probe_loss, training_mode
 from .record import continued, plan_record
@@ -355,6 +356,8 @@ class PrivacyEngine:
             announce=attached.receive,
         )
 
+        device = next(iter(trainable(model).values())).device
+
         def step(batch: Batch) -> None:
             draw = attached.take_draw()
             attached.refuse_changes()
@@ -363,13 +366,14 @@ class PrivacyEngine:
                 rows = slice(start, min(start + chunk, draw.rows))
                 size = rows.stop - rows.start
                 attached.open(min(max(draw.real - start, 0), size))
-                if backend is ghost:
-                    gradients, losses = ghost.per_sample(
-                        model, loss_fn, take(batch, rows), size, consumer=attached.consumer
-                    )
-                else:
-                    gradients, losses = backend.per_sample(model, loss_fn, take(batch, rows), size)
-                attached.add(gradients, losses)
+                with explained(size, device):
+                    if backend is ghost:
+                        gradients, losses = ghost.per_sample(
+                            model, loss_fn, take(batch, rows), size, consumer=attached.consumer
+                        )
+                    else:
+                        gradients, losses = backend.per_sample(model, loss_fn, take(batch, rows), size)
+                    attached.add(gradients, losses)
             attached.release()
             optimizer.step()
 

@@ -22,6 +22,7 @@ one inside the user's loss, is not seen.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
+from enum import Enum
 from typing import Any, TypeVar
 
 import torch
@@ -53,8 +54,13 @@ _REMEDY = (
 
 
 def training_mode(model: nn.Module) -> Hashable:
-    """Which modules are in training mode: a model may compute something else in every mode."""
-    return tuple(module.training for module in model.modules())
+    """Flags of all modules, training mode among them: a model may compute something else in every mode."""
+    return tuple(
+        (name, value)
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if isinstance(value, (bool, str, Enum))
+    )
 
 
 def probe_loss(model: nn.Module, loss_fn: LossFunction, batch: Batch, backend: Backend) -> None:

@@ -176,6 +176,7 @@ class Capture(TorchFunctionMode):
 
     Attributes:
       on_forward: called with the arguments of each forward pass of an attached model that is about to be captured.
+      outputs: where the outputs of an attached model are gathered; None to let them go.
       anchor: an empty tensor that requires a gradient and is an input of every recorded operation, so that the backward
         pass reaches all of them even where the batch itself requires no gradient.
     """
@@ -193,6 +194,7 @@ class Capture(TorchFunctionMode):
         self.anchor = torch.empty(0, device=device, requires_grad=True)
         self.layouts = Layouts() if layouts is None else layouts
         self.watched: list[Site] | None = None
+        self.outputs: list[Tensor] | None = None
         self.on_forward: Callable[[tuple[Any, ...], dict[str, Any]], list[Tensor] | None] | None = None
         self._names = {id(parameter): name for name, parameter in self.parameters.items()}
         self._workspace = Workspace() if workspace is None else workspace
@@ -318,7 +320,7 @@ class Capture(TorchFunctionMode):
         targets = (self.anchor, *self.parameters.values())
         # Checkpoints run their forward pass again in here, and it must be captured as the first one was. The engine is
         # called directly: torch.autograd.grad is a torch function itself, inside which the mode would be off.
-        self.tape.recomputable = True
+        self.tape.recomputable = self.tape.listening = True
         with self if self.tape.checkpointed else nullcontext():
             _, *raw = torch.autograd.Variable._execution_engine.run_backward(
                 (losses,),
@@ -380,18 +382,21 @@ class Capture(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         keys: dict[int, Key] = {}
-        batched = self._sort(args, keys)
-        if kwargs and self._sort(kwargs.values(), keys):
-            batched = True
+        if func in ARGUMENT_IS_TEMPLATE:
+            batched = self._sort(args[:1], keys)
+        else:
+            batched = self._sort(args, keys)
+            if kwargs and self._sort(kwargs.values(), keys):
+                batched = True
         if not keys or not torch.is_grad_enabled():
             if keys and _in_reentrant_checkpoint():
                 raise refusal(func, [name for key in keys.values() for name in sources(key)], *_REENTRANT)
             return _run(func, args, kwargs, batched)
-        if func in ARGUMENT_IS_TEMPLATE and id(args[0]) not in keys:
-            return _run(func, args, kwargs, batched)
         if not batched:
             return self._derive(func, args, kwargs, keys)
-        group = (func, tuple(name for key in keys.values() for name in sorted(sources(key))))
+        # The numbers of axes belong to a site: one weight may meet steps of a sequence, and the sequence.
+        axes = tuple(tensor.dim() for tensor in _tensors((args, kwargs)))
+        group = (func, tuple(name for key in keys.values() for name in sorted(sources(key))), axes)
         ordinal = self._ordinals[group] = self._ordinals.get(group, -1) + 1
         call = Call(func, args, kwargs, keys, self, group, ordinal)
         result = self._apply(call) if self.watched is None else self._observed(call)
@@ -408,7 +413,7 @@ class Capture(TorchFunctionMode):
                 name = self._names.get(id(value))
                 if name is not None:
                     keys[id(value)] = name
-                elif (known := origin(value)) is not None:
+                elif (known := origin(value)) is not None and value.requires_grad:
                     keys[id(value)] = Derived(value, known)
                 elif is_batched(value):
                     batched = True
@@ -429,7 +434,8 @@ class Capture(TorchFunctionMode):
         keep = torch.autograd.graph.saved_tensors_hooks(Tensor.detach, _same) if hooks is not None else nullcontext()
         with keep:
             result = func(*args, **kwargs)
-        derived.mark(func, args, kwargs, args[0] if _writes(func) else result, keys)
+        writes = bool(args) and _writes(func)
+        derived.mark(func, args, kwargs, args[0] if writes else result, keys, written=writes)
         return result
 
     def _observed(self, call: Call) -> Any:
@@ -493,8 +499,10 @@ def _mark_all(function: Callable[..., Any], args: tuple[Any, ...], result: Any) 
     """The results of a function of the batch, or the tensor that it wrote to, are of the batch."""
     if function in _UNBATCHED:
         return
-    for value in result if isinstance(result, (tuple, list)) else (result, args[0] if _writes(function) else None):
-        if isinstance(value, Tensor):
+    written = args[0] if args and _writes(function) else None
+    for value in result if isinstance(result, (tuple, list)) else (result, written):
+        # A function that returns an argument as it was (x.to(y) where nothing changes) says nothing about it.
+        if isinstance(value, Tensor) and (value is written or not any(value is argument for argument in args)):
             setattr(value, _BATCHED, True)
 
 
@@ -544,9 +552,11 @@ class _EnterHook(_Hook):
 class _ExitHook(_Hook):
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         capture = self._capture()
-        # Nothing was entered if a global hook raised before ours ran.
-        if capture is not None and capture._entered and capture._entered.pop():
+        # Nothing was entered if a global hook raised before ours ran; a reset inside forward() forgot what was.
+        if capture is not None and (capture._entered.pop() if capture._entered else capture._depth > 0):
             capture.__exit__()
+            if capture.outputs is not None and capture._depth == 0:
+                capture.outputs += [t for t in _tensors((output,)) if t.requires_grad]
 
 
 _REENTRANT = (
@@ -564,10 +574,18 @@ def _in_reentrant_checkpoint() -> bool:
     return False
 
 
+_WRITING = frozenset(
+    {
+        *("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__", "__ipow__"),
+        *("__imatmul__", "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__"),
+    }
+)
+
+
 def _writes(function: Callable[..., Any]) -> bool:
     """Whether a function changes its first argument."""
     name = getattr(function, "__name__", "")
-    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
+    return name in _WRITING or (name.endswith("_") and not name.endswith("__"))
 
 
 def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -36,12 +36,14 @@ class Origin:
 
     Attributes:
       sources: names of the parameters behind it.
+      version: of the tensor; what was written to later is some function of its sources, no more a view or a cast.
       base: the tracked tensor of which it is a view, a cast or a lookup; None for any other function.
       ids: for a lookup, the row numbers.
       padding_idx: for a lookup, the row that gets no gradient.
     """
 
     sources: frozenset[str]
+    version: int
     base: Tensor | None = None
     base_key: Key | None = None
     ids: Tensor | None = None
@@ -51,11 +53,17 @@ class Origin:
 class Derived:
     """The key of a derived tensor. Two are equal if they are of the same tensor."""
 
-    __slots__ = ("origin", "tensor")
+    __slots__ = ("_version", "origin", "tensor")
 
     def __init__(self, tensor: Tensor, origin: Origin) -> None:
         self.tensor = tensor
         self.origin = origin
+        self._version = tensor._version
+
+    @property
+    def overwritten(self) -> bool:
+        """Whether the tensor was written to after this use of it."""
+        return self.tensor._version != self._version
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Derived) and other.tensor is self.tensor
@@ -70,7 +78,16 @@ Key = str | Derived
 
 def origin(tensor: Tensor) -> Origin | None:
     """How a tensor was derived from parameters; None if it was not."""
-    return getattr(tensor, _ORIGIN, None)
+    known: Origin | None = getattr(tensor, _ORIGIN, None)
+    if known is not None and known.version != tensor._version:
+        known = Origin(known.sources, tensor._version)
+        setattr(tensor, _ORIGIN, known)
+    return known
+
+
+def is_derived(tensor: Tensor) -> bool:
+    """Whether a tensor is a function of parameters and constants alone."""
+    return origin(tensor) is not None
 
 
 def sources(key: Key | None) -> Iterable[str]:
@@ -80,15 +97,28 @@ def sources(key: Key | None) -> Iterable[str]:
     return (key,) if isinstance(key, str) else key.origin.sources
 
 
-def mark(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Any, result: Any, keys: dict[int, Key]) -> None:
+def mark(
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Any,
+    result: Any,
+    keys: dict[int, Key],
+    *,
+    written: bool = False,
+) -> None:
     """Remember of the results of ``function`` that they are derived.
 
     Args:
       keys: id -> key of the tracked tensors among the arguments.
+      written: ``result`` is an argument that the function wrote to.
     """
     behind = frozenset(name for key in keys.values() for name in sources(key))
     for tensor in result if isinstance(result, (tuple, list)) else (result,):
-        if isinstance(tensor, Tensor) and tensor.requires_grad and id(tensor) not in keys:
+        if not isinstance(tensor, Tensor) or not tensor.requires_grad or isinstance(keys.get(id(tensor)), str):
+            continue
+        if written:
+            setattr(tensor, _ORIGIN, Origin(behind, tensor._version))  # no view, cast or lookup any more
+        elif id(tensor) not in keys:
             setattr(tensor, _ORIGIN, _origin(function, args, kwargs, tensor, keys, behind))
 
 
@@ -96,20 +126,20 @@ def _origin(
     function: Callable[..., Any], args: Any, kwargs: Any, result: Tensor, keys: dict[int, Key], behind: frozenset[str]
 ) -> Origin:
     if len(keys) != 1:
-        return Origin(behind)
+        return Origin(behind, result._version)
     (key,) = keys.values()
     if function is F.embedding:
         bound = dict(zip(("input", "weight", "padding_idx"), args, strict=False)) | kwargs
         weight, padding_idx = bound["weight"], bound.get("padding_idx")
         if padding_idx is not None and padding_idx < 0:
             padding_idx += weight.shape[0]
-        return Origin(behind, weight, key, bound["input"], padding_idx)
+        return Origin(behind, result._version, weight, key, bound["input"], padding_idx)
     if not args or id(args[0]) not in keys:
-        return Origin(behind)
+        return Origin(behind, result._version)
     base = args[0]
     if (function in CASTS and result.shape == base.shape) or _is_plain_view(result, base):
-        return Origin(behind, base, key)
-    return Origin(behind)
+        return Origin(behind, result._version, base, key)
+    return Origin(behind, result._version)
 
 
 def _is_plain_view(view: Tensor, base: Tensor) -> bool:
@@ -240,8 +270,10 @@ class Placed:
 
     def write(self, rows: slice, out: Tensor) -> None:
         whole = out.zero_().view(len(out), *self.shape).movedim(1 + self.axis, 1)
-        unit = torch.arange(len(out), device=out.device)[:, None]
-        whole[unit, self.places[rows]] = self.rows[rows].to(out.dtype)
+        places = self.places[rows]
+        unit = torch.arange(len(out), device=out.device)[:, None].expand_as(places)
+        # Added, not assigned: a place that stands for a missing row brings a zero.
+        whole.index_put_((unit, places), self.rows[rows].to(out.dtype), accumulate=True)
 
     def select(self, keep: Tensor) -> Placed:
         return Placed(self.rows[keep], self.places[keep], self.axis, self.shape)

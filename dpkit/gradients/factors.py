@@ -194,7 +194,7 @@ class Outer(Joinable):
 
     @property
     def kind(self) -> Hashable:
-        return Outer
+        return Outer, self.u.shape[2], self.v.shape[2]
 
     @classmethod
     def joined(cls, factors: Sequence[Outer]) -> Outer:
@@ -231,7 +231,7 @@ class OneHot(Joinable):
 
     @property
     def kind(self) -> Hashable:
-        return OneHot
+        return OneHot, self.entries, self.v.shape[2]
 
     @classmethod
     def joined(cls, factors: Sequence[OneHot]) -> OneHot:

@@ -51,6 +51,7 @@ def per_sample(
     """
     capture = Capture(trainable(model), workspace=memory(model).workspace, layouts=memory(model).layouts)
     capture.begin(size)
+    capture.tape.listening = False  # until the pass of the whole batch
     losses = _forward(capture, model, loss_fn, batch, size)
     capture.backward(losses, consumer=consumer)
     return capture.collect(size), losses.detach()

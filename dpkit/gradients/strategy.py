@@ -162,6 +162,7 @@ def as_products(factors: Sequence[Factor]) -> Products | None:
         return factors[0]
     outers = [factor for factor in factors if isinstance(factor, Outer)]
     tables = [factor for factor in factors if isinstance(factor, OneHot)]
-    if len(outers) == 1 and len(outers) + len(tables) == len(factors):
+    fitting = all(outers and table.v.shape[2] == outers[0].v.shape[2] for table in tables)
+    if len(outers) == 1 and len(outers) + len(tables) == len(factors) and len(tables) <= 1 and fitting:
         return Vectors.of(outers[0], tables[0] if tables else None)
     return None

@@ -27,6 +27,8 @@ from dpkit.gradients.units import fold
 
 REMEDY = "use backend=dpkit.vmap in the functional form engine.attach(...), or freeze it with requires_grad_(False)"
 
+_COPY = "write the new value to a new tensor, as in w = w * 2 instead of w.mul_(2)"
+
 SMALLEST_BUDGET = 64 << 20
 """Bytes of written-out gradients that are always allowed, however small the activations are."""
 
@@ -83,6 +85,9 @@ class Tape:
       checkpointed: whether a part of the forward pass will be computed again in the backward pass.
       recomputable: whether the capture will be active then.
       over: whether the batch is over; what still arrives is refused.
+      listening: whether a backward pass may come now; one that comes all the same is refused.
+      muted: whether what arrives is of no interest, and is forgotten.
+      activations: bytes of the inputs and outputs of the operations that were recorded.
     """
 
     def __init__(
@@ -98,13 +103,15 @@ class Tape:
         self.places: Tensor | None = None
         self.checkpointed = False
         self.over = False
+        self.listening = True
+        self.muted = False
         self.recomputable = False
         self.on_backward_end: Callable[[], None] | None = None
         self._parameters = parameters
         self._workspace = workspace
         self._keep_bytes = keep_bytes
         self._consumer: Consumer | None = None
-        self._activations = 0
+        self.activations = 0
         self._kept = 0
         self._awaited: dict[str, int] = {}
         self._records: dict[Key, list[Record]] = {}
@@ -128,7 +135,7 @@ class Tape:
         """An operation was recorded in the forward pass: its factors will come."""
         if torch._C._current_graph_task_id() != -1:
             return  # a checkpoint computes its forward pass again, inside the backward pass
-        self._activations += bytes_kept
+        self.activations += bytes_kept
         for key in names:
             for name in sources(key):
                 self._awaited[name] = self._awaited.get(name, 0) + 1
@@ -140,6 +147,13 @@ class Tape:
         found: Iterable[tuple[Key, Factor]],
     ) -> None:
         """An operation with the weights ``names`` was differentiated, and left these factors."""
+        if self.muted:
+            return
+        if not self.listening:
+            raise errors.OutOfOrder(
+                "a gradient was taken inside the model or the loss (torch.autograd.grad, backward), before the "
+                "backward pass of the batch; take it on copy.deepcopy(model), or use backend=dpkit.vmap with torch.func"
+            )
         if self.over:
             raise errors.OutOfOrder(
                 "a backward pass went through a forward pass of an attached model whose batch is over; nothing of it "
@@ -154,6 +168,8 @@ class Tape:
         for key, factor in found:
             if self.rows is not None:
                 self._check(function, key, factor)
+            if not isinstance(key, str) and key.overwritten:
+                raise refusal(function, sources(key), "its weight was overwritten after it was used", _COPY)
             target, pulled = pull(key, factor if self.places is None else fold(factor, self.places))
             self._records.setdefault(target, []).append(Record(function, pulled))
             if not isinstance(target, str):
@@ -180,7 +196,7 @@ class Tape:
         return PerSampleGradients(size, self._forms, {name: p.shape for name, p in self._parameters.items()})
 
     def _budget(self) -> int:
-        return max(SMALLEST_BUDGET, self._activations) if self._keep_bytes is None else self._keep_bytes
+        return max(SMALLEST_BUDGET, self.activations) if self._keep_bytes is None else self._keep_bytes
 
     def _came(self, name: str) -> int:
         """How many uses of a parameter are still to come."""
@@ -227,7 +243,7 @@ class Tape:
         shapes = {name: self._parameters[name].shape for name in members}
         forms = {name: self._forms[name] for name in members}
         if group in self._consumed:
-            return
+            raise errors.OutOfOrder(f"parameters {members} were differentiated again after their group was clipped")
         self._consumed.add(group)
         consumer.consume(group, PerSampleGradients(size, forms, shapes))
         forms.clear()

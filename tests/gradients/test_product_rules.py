@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from dpkit import errors
 from dpkit.gradients import ghost
-from dpkit.gradients.rules.linear import product
+from dpkit.gradients.arithmetic import linear_product
 
 over_dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 
@@ -115,12 +115,12 @@ def test_product_is_a_product(shape: tuple[int, ...]) -> None:
         expected = (x.double() @ weight.double().mT).to(dtype)
         scale = float(shape[-1]) ** 0.5
         for weights in (weight, weight.mT.contiguous().mT):
-            torch.testing.assert_close(product(x, weights), expected, rtol=tolerance, atol=tolerance * scale)
+            torch.testing.assert_close(linear_product(x, weights), expected, rtol=tolerance, atol=tolerance * scale)
             torch.testing.assert_close(
-                product(x, weights, bias), expected + bias, rtol=tolerance, atol=tolerance * scale
+                linear_product(x, weights, bias), expected + bias, rtol=tolerance, atol=tolerance * scale
             )
             torch.testing.assert_close(
-                product(x, weights, plus=plus), expected + plus, rtol=tolerance, atol=tolerance * scale
+                linear_product(x, weights, plus=plus), expected + plus, rtol=tolerance, atol=tolerance * scale
             )
 
 

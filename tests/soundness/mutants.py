@@ -110,12 +110,12 @@ def _bound(accumulator: ClippedAccumulator) -> float:
 def _sum_by(patch: Patch, active: Active, clipped: Callable[[list[Named], float], list[Named]]) -> None:
     """Replace what a microbatch adds to the sum by the sum of ``clipped(rows, C)``."""
 
-    def add(self: ClippedAccumulator, gradients: PerSample, real: int, scale: float = 1.0, losses: Any = None) -> None:
-        self.diagnostics.units += real
+    def add(self: ClippedAccumulator, gradients: PerSample, losses: Any = None) -> None:
+        self.diagnostics.units += self._real
         active()
-        for row in clipped([{k: v * scale for k, v in row.items()} for row in _rows(gradients, real)], _bound(self)):
-            for name, value in row.items():
-                self._sum[name] += value.to(self._sum[name].dtype)
+        rows = [{k: v * self._scale for k, v in row.items()} for row in _rows(gradients, self._real)]
+        for row in clipped(rows, _bound(self)):
+            self._add((name, value.float()) for name, value in row.items())
 
     patch.setattr(ClippedAccumulator, "add", add)
 
@@ -317,9 +317,10 @@ def _mean_for_sum(patch: Patch, active: Active) -> None:
 def _padding_counts(patch: Patch, active: Active) -> None:
     shipped = ClippedAccumulator.add
 
-    def add(self: ClippedAccumulator, gradients: PerSample, real: int, scale: float = 1.0, losses: Any = None) -> None:
+    def add(self: ClippedAccumulator, gradients: PerSample, losses: Any = None) -> None:
         active()
-        shipped(self, gradients, gradients.size, scale)
+        self._real = gradients.size
+        shipped(self, gradients)
 
     patch.setattr(ClippedAccumulator, "add", add)
 

@@ -17,7 +17,12 @@ from dpkit.gradients.rules import recurrent
 from dpkit.gradients.rules.attention import multi_head_attention, scaled_dot_product_attention
 from dpkit.gradients.rules.conv import convolution, transposed_convolution
 from dpkit.gradients.rules.elementwise import broadcast, joined
-from dpkit.gradients.rules.embedding import embedding, embedding_bag
+from dpkit.gradients.rules.embedding import (
+    embedding,
+    embedding_bag,
+    refused_embedding,
+    refused_embedding_bag,
+)
 from dpkit.gradients.rules.fallback import per_example
 from dpkit.gradients.rules.linear import addmm, bilinear, linear, matmul, matmul_reversed
 from dpkit.gradients.rules.norm import group_norm, instance_norm, layer_norm, rms_norm
@@ -92,28 +97,10 @@ def _batch_norm(input: Tensor, running_mean: Any = None, *args: Any, **kwargs: A
     )
 
 
-def _table(
-    input: Tensor,
-    weight: Tensor,
-    padding_idx: int | None = None,
-    max_norm: float | None = None,
-    norm_type: float = 2.0,
-    scale_grad_by_freq: bool = False,
-    sparse: bool = False,
-) -> Why | None:
-    for option, used, effect in (
-        ("max_norm", max_norm is not None, "changes the table while it is read"),
-        ("scale_grad_by_freq", scale_grad_by_freq, "divides by counts over all examples"),
-        ("sparse", sparse, "asks for gradients that are not of the table's shape"),
-    ):
-        if used:
-            return f"{option} {effect}", f"leave {option} at its default"
-    return None
-
-
 REFUSED: dict[Callable[..., Any], Callable[..., Why | None]] = {
     F.batch_norm: _batch_norm,
-    F.embedding: _table,
+    F.embedding: refused_embedding,
+    F.embedding_bag: refused_embedding_bag,
 }
 """Function -> why a call of it is refused, and the way out; None where it is not."""
 

@@ -88,8 +88,8 @@ def transposed_convolution(axes: int) -> Callable[..., Tensor]:
 
 def _images(call: Call, x: Tensor, weight: Tensor, axes: int) -> Layout:
     """Where the examples are in a batch of images."""
-    if call.name(weight) is None or call.name(x) is not None:
-        raise call.unsupported("the rule needs a batch of examples as the input, and a parameter as the weight")
+    if call.is_batched(weight) or not call.is_batched(x):
+        raise call.unsupported("the rule needs a batch of examples as the input, and a weight that is no batch")
     if x.dim() != axes + 2:
         raise call.unsupported(
             f"the input has shape {tuple(x.shape)} and no batch axis",

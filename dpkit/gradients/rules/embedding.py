@@ -32,7 +32,6 @@ def embedding(
     sparse: bool = False,
 ) -> Tensor:
     """``F.embedding``: input (B, ...) of token numbers, weight (V, d); no gradient for ``padding_idx``."""
-    _refuse_options(call, max_norm, scale_grad_by_freq, sparse)
     ids = call.batched(input, 1)
     operation = _Embedding(
         (call.name(weight),), call.layout(ids), weight.shape, _counted_from_zero(padding_idx, weight)
@@ -56,7 +55,6 @@ def embedding_bag(
     padding_idx: int | None = None,
 ) -> Tensor:
     """``F.embedding_bag``: input (B, T) of token numbers, weight (V, d); mode "sum", "mean" or "max"."""
-    _refuse_options(call, max_norm, scale_grad_by_freq, sparse)
     if not call.is_batched(input) or input.dim() != 2 or offsets is not None:
         raise call.unsupported(
             "offsets say where each example begins in one list of tokens",
@@ -74,14 +72,44 @@ def embedding_bag(
     return output
 
 
-def _refuse_options(call: Call, max_norm: float | None, scale_grad_by_freq: bool, sparse: bool) -> None:
+def refused_embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> tuple[str, str] | None:
+    """Why a call of ``F.embedding`` is refused, and the way out; None if it is not."""
+    return _refused(max_norm, scale_grad_by_freq, sparse)
+
+
+def refused_embedding_bag(
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    *_: Any,
+    **__: Any,
+) -> tuple[str, str] | None:
+    """The same of ``F.embedding_bag``."""
+    return _refused(max_norm, scale_grad_by_freq, sparse)
+
+
+def _refused(max_norm: float | None, scale_grad_by_freq: bool, sparse: bool) -> tuple[str, str] | None:
     for option, used, effect in (
         ("max_norm", max_norm is not None, "changes the table while it is read"),
         ("scale_grad_by_freq", scale_grad_by_freq, "divides by counts over all examples"),
         ("sparse", sparse, "asks for gradients that are not of the table's shape"),
     ):
         if used:
-            raise call.unsupported(f"{option} {effect}", f"leave {option} at its default")
+            return f"{option} {effect}", f"leave {option} at its default"
+    return None
 
 
 def _counted_from_zero(padding_idx: int | None, weight: Tensor) -> int | None:
