@@ -404,7 +404,7 @@ class Attachment:
         self._refuse_unprobed()
         self._refuse_unused_release("the next release would overwrite it")
         refuse_foreign_leaves(losses, self._covered())
-        tape = self.capture.tape
+        tape, draw = self.capture.tape, self.take_draw()
         if self._reduction == "none" and self.capture.outputs is not None:
             tape.muted = True
             try:
@@ -412,7 +412,6 @@ class Attachment:
             finally:
                 tape.muted = False
             self.capture.outputs = None  # until the model is called in a new way
-        draw = self.take_draw()
         self._open(draw)
         self._differentiating = True
         with explained(draw.rows, self.capture.anchor.device, lambda: tape.activations):

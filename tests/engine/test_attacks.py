@@ -205,7 +205,7 @@ def test_a_batch_that_did_not_go_through_the_model_row_by_row_is_refused(tmp_pat
 class Dies(nn.Module):
     """Lets the backward pass die, after the layers behind it were recorded."""
 
-    dead = False
+    dead = 0  # a number: a flag would be a new way to call the model, and probed
 
     def forward(self, x: Tensor) -> Tensor:
         if self.dead:
@@ -220,7 +220,7 @@ def test_a_backward_that_died_half_way_ends_the_run(tmp_path: Path, reduction: s
     engine, model, _, loader = make(tmp_path, model, loss_reduction=reduction)
     x, y = next(iter(loader))
     model(x)  # probed
-    dies.dead = True
+    dies.dead = 1
     loss = F.cross_entropy(model(x), y, reduction=reduction)
     with pytest.raises(ZeroDivisionError):
         engine.backward(loss) if reduction == "none" else loss.backward()
