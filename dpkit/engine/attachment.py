@@ -594,7 +594,8 @@ class Attachment:
                 places = probe_forward(model, call, rows)
             if places:
                 self._probed[way] = places
-                self.capture.outputs = []
+                if self.capture.outputs is None and self._reduction == "none":
+                    self.capture.outputs = []
         found = listed(call)
         if not places or any(found[place.number].shape[place.axis] != rows for place in places):
             return None

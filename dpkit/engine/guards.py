@@ -106,7 +106,9 @@ def refuse_foreign_leaves(losses: Tensor, covered: Collection[int]) -> None:
     """
     for leaf in _leaves(losses):
         # A model may ask for gradients of its own inputs; no optimizer holds those.
-        if id(leaf) not in covered and not is_computed_from_batch(leaf):
+        # A batch that asks for its own gradient is no weight; a parameter stays one, whatever its shape.
+        of_batch = is_computed_from_batch(leaf) and not isinstance(leaf, nn.Parameter)
+        if id(leaf) not in covered and not of_batch:
             raise UncoveredParameter(
                 f"the losses depend on a trainable tensor of shape {tuple(leaf.shape)} that is not a parameter of the "
                 "attached model: an optimizer of its own would train it without clipping and noise. Attach to a module "

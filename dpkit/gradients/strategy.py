@@ -18,9 +18,6 @@ from dpkit.gradients import probes
 from dpkit.gradients.arithmetic import accumulation_dtype
 from dpkit.gradients.factors import Factor, OneHot, Outer, Products, Vectors
 
-KEEP_BYTES = 512 << 20
-"""How many bytes of per-sample gradients one microbatch may write out and keep."""
-
 
 @dataclass(frozen=True, slots=True)
 class Machine:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import dpkit
 from dpkit.clipping import Flat, PerLayer
 from dpkit.engine.plan import Plan
-from dpkit.errors import InvalidArgument, LossShape
+from dpkit.errors import InvalidArgument, LossShape, UncoveredParameter
 
 ROWS = 3
 N = 12
@@ -183,3 +183,37 @@ def test_layers_in_the_functional_form(tmp_path: Path, backend: Any) -> None:
         step(batch)
     x, y = data().tensors
     assert_released(model, clipped_by_hand(model_of(), x, y, rule, 1), 12)
+
+
+@pytest.mark.parametrize("rule", [PerLayer(0.5), PerLayer((0.1, 0.2, 0.3, 0.4))], ids=str)
+def test_a_run_with_bounds_for_layers_goes_on_where_it_stopped(tmp_path: Path, rule: PerLayer) -> None:
+    names = [name for name, _ in model_of().named_parameters()]
+    if isinstance(rule.max_grad_norm, tuple):
+        rule = PerLayer(tuple(0.1 * (1 + layer) for layer in range(max(rule.groups(names)) + 1)))
+    for engine in (dpkit.PrivacyEngine(tmp_path / "run"), None):
+        engine = engine or dpkit.PrivacyEngine.resume(tmp_path / "run")
+        model = model_of()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        _, _, loader = engine.make_private(
+            *(model, optimizer, DataLoader(data(), batch_size=12)),
+            **{"num_examples": 12, "noise_multiplier": 1.0, "target_delta": 1e-3, "steps": 4, "clipping": rule},
+        )
+        before = engine.steps_taken
+        for x, y in loader:
+            optimizer.zero_grad()
+            engine.backward(F.cross_entropy(model(x), y, reduction="none"))
+            optimizer.step()
+            if engine.steps_taken == before + 1:
+                break
+        engine.save()
+        engine.detach()
+    assert engine.steps_taken == 2
+
+
+def test_a_foreign_parameter_as_long_as_the_batch_is_no_batch(tmp_path: Path) -> None:
+    model = model_of()
+    engine, _, loader = attached(tmp_path, model, Flat(1.0))
+    x, y = next(iter(loader))
+    learnt = nn.Parameter(torch.zeros_like(x))
+    with pytest.raises(UncoveredParameter, match="not a parameter of the"):
+        engine.backward(F.cross_entropy(model(x) + model(learnt), y, reduction="none"))
