@@ -4,12 +4,13 @@ Promise: at every instant, through ``kill -9``, power loss, concurrent runs and 
 one charge for every release that was bought with one of its receipts, and the epsilon computed from it covers them.
 Anything wrong with the ledger raises ``LedgerError``: no charge, no receipt, no training, no epsilon.
 
-The budget rule.  A plan is one event per step, repeated a number of times that is fixed before its first release, so
-its epsilon is an accountant's bound at the planned steps.  Later plans may be chosen after seeing earlier results, and
-then joint Renyi or numerical accounting over plans is not a bound; the (epsilon, delta) of the plans add up instead
-(basic composition: Dwork and Roth 2014, theorem B.1, for plans chosen adaptively one after the other; Lyu 2022,
-"Composition theorems for interactive differential privacy", for plans that run at the same time).  The sum at the
-planned steps must stay within the budget when a plan makes its first charge; after that, a charge only counts.
+The budget rule.  A plan is one event per step, or per so many steps, repeated a number of times that is fixed before
+its first release, so its epsilon is an accountant's bound at the planned steps.  Later plans may be chosen after seeing
+earlier results, and then joint Renyi or numerical accounting over plans is not a bound; the (epsilon, delta) of the
+plans add up instead (basic composition: Dwork and Roth 2014, theorem B.1, for plans chosen adaptively one after the
+other; Lyu 2022, "Composition theorems for interactive differential privacy", for plans that run at the same time).  The
+sum at the planned steps must stay within the budget when a plan makes its first charge; after that, a charge only
+counts.
 
 A budget with Renyi orders holds more plans.  A plan is then admitted if the Renyi filter for (epsilon, delta) of these
 orders, which were fixed with the ledger, holds all plans at their planned steps; no step is taken that was not held, so
@@ -43,7 +44,7 @@ from typing import Any
 from .accountant import Bound, epsilon
 from .chain import Chain, Position
 from .errors import BudgetExceeded, InvalidParameter, LedgerError
-from .events import Event, Relation, Repeated
+from .events import Event, Relation
 from .privacy_filters import RenyiFilter
 from .records import Budget, PlanRecord, Receipt, Spent
 from .rounding import as_typed, round_up_text
@@ -451,14 +452,27 @@ def _hold(plans: Iterable[PlanRecord], budget: Budget) -> None:
     """Raises BudgetExceeded unless the budget's Renyi filter holds ``plans`` at their planned steps."""
     kept = RenyiFilter(budget.epsilon, budget.delta, budget.orders)
     for plan in plans:
-        kept.spend(Repeated(event=plan.event, count=plan.steps), plan.relation)
+        kept.spend(plan.event_of(plan.steps), plan.relation)
 
 
 def epsilon_of(plan: PlanRecord, steps: int) -> Bound:
     """The bound of ``plan`` alone after ``steps`` of its steps, at its own delta; cached."""
-    return _cached_epsilon(plan.event, steps, plan.delta, plan.relation)
+    return _cached_epsilon(plan.event_of(steps), plan.delta, plan.relation)
+
+
+def with_releases_beside(plan: PlanRecord, steps: int, beside: Iterable[PlanRecord]) -> tuple[Bound, float]:
+    """(epsilon, delta) of ``steps`` steps of a run and of whole plans that were charged beside it: their sums.
+
+    Basic composition, as for all plans of a ledger. The lower bound is that of the run alone.
+    """
+    bound, delta = epsilon_of(plan, steps), plan.delta
+    for record in beside:
+        alone = epsilon_of(record, record.steps)
+        bound = bound._replace(estimate=bound.estimate + alone.estimate, upper=bound.upper + alone.upper)
+        delta += record.delta
+    return bound, delta
 
 
 @lru_cache(maxsize=1024)
-def _cached_epsilon(event: Event, steps: int, delta: float, relation: Relation) -> Bound:
-    return epsilon(Repeated(event=event, count=steps), delta, relation=relation)
+def _cached_epsilon(event: Event, delta: float, relation: Relation) -> Bound:
+    return epsilon(event, delta, relation=relation)

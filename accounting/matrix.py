@@ -8,6 +8,7 @@ moves, in units of one participation, when one record changes.  What it is good 
 ``A C^-1 Z``, A the lower-triangular matrix of ones.
 
 Strategies are Toeplitz, ``C[t, s] = c[t - s]``, and given by their first column: a vector c of n coefficients.
+``accounting.plan_noise`` compares what they are good for under one epsilon.
 
 **Sensitivity.**  A record takes part in at most k steps t_1 < t_2 < .., at least b apart, each time with a contribution
 of norm at most 1.  ``C G`` then moves by ``sum_i C[:, t_i] x_i``, whose square is at most
@@ -31,8 +32,10 @@ twice the sensitivity, unless the batches are those of :func:`cyclic_poisson_eve
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike, NDArray
 
 from .errors import InvalidParameter
@@ -40,6 +43,9 @@ from .events import Gaussian, MatrixMechanism, Poisson, Repeated
 from .values import shown
 
 Vector = NDArray[np.float64]
+
+_GRID = 2.0**12
+"""Coefficients that were found numerically are multiples of 1 / this."""
 
 
 def identity(steps: int) -> Vector:
@@ -73,27 +79,88 @@ def banded_inverse_square_root(steps: int, bands: int) -> tuple[Vector, Vector]:
     ``(1 - x)^(1/2)``: 1, -1/2, -1/8, -1/16, .. C itself is dense, nonnegative and non-increasing.
     Source: Kalinin, McKenna, Upadhyay and Lampert 2025, https://arxiv.org/abs/2505.12128.
     """
-    k = np.arange(1, _whole("bands", bands), dtype=float)
-    inverse_coefficients = _first(np.cumprod(np.concatenate([[1.0], (k - 1.5) / k]), dtype=np.float64), steps)
+    inverse_coefficients = _first(inverse_square_root(_whole("bands", bands)), steps)
     return inverse(inverse_coefficients), inverse_coefficients
+
+
+def inverse_square_root(steps: int) -> Vector:
+    """The first column of the inverse of :func:`square_root`: 1, -1/2, -1/8, -1/16, .. Shape (steps,).
+
+    The coefficients of ``(1 - x)^(1/2)``, whose product with ``(1 - x)^(-1/2)`` is 1.
+    """
+    k = np.arange(1, _whole("steps", steps), dtype=float)
+    return np.cumprod(np.concatenate([[1.0], (k - 1.5) / k]), dtype=np.float64)
+
+
+def band_mf(steps: int, bands: int) -> Vector:
+    """BandMF: the Toeplitz strategy with ``bands`` bands that has the least error. Shape (steps,).
+
+    It minimises ``rooted_mean_error(c) * |c|``, the error of the running sums where a record takes part once; under k
+    participations at least ``bands`` steps apart it is sqrt(k) times that, less what the end of the run cuts off. The
+    coefficients begin with 1, are nonnegative and do not increase. They are found numerically, from those of
+    :func:`banded_square_root`, and are never worse; found again, they are the same. One band is the identity. The noise
+    needs the last ``bands - 1`` rows of its own.
+
+    The optimum is one among Toeplitz matrices. Choquette-Choo et al. 2023, https://arxiv.org/abs/2306.08153, who named
+    it, optimise over all banded matrices, which can only be better; McKenna 2024, https://arxiv.org/abs/2405.15913,
+    has both, and the Toeplitz one for long runs.
+    """
+    return _first(_best_bands(_whole("steps", steps), min(_whole("bands", bands), steps)), steps)
+
+
+@lru_cache(maxsize=256)
+def _best_bands(steps: int, bands: int) -> Vector:
+    """The nonzero coefficients of :func:`band_mf`; not to be written to."""
+    start = square_root(bands)
+    found = np.ones(1)
+    if bands > 1:
+        # Steps of the search may leave the region in which 1/c(x) stays bounded; it does not go on from there.
+        with np.errstate(over="ignore", invalid="ignore"):
+            later = scipy.optimize.minimize(
+                _log_squared_error,
+                start[1:],
+                args=(steps,),
+                jac=True,
+                method="L-BFGS-B",
+                bounds=[(0, 1)] * (bands - 1),
+                options={"maxiter": 1000, "ftol": 1e-16, "gtol": 1e-12, "maxcor": 30},
+            ).x
+        # The last digits of a search differ from machine to machine, and those of a plan must not. Where the error is
+        # least it is flat: this moves it by less than a millionth.
+        found = np.minimum.accumulate(np.concatenate([[1.0], np.round(later * _GRID) / _GRID]))
+        if not _log_squared_error(found[1:], steps)[0] <= _log_squared_error(start[1:], steps)[0]:
+            found = start
+    found.flags.writeable = False
+    return found
+
+
+def _log_squared_error(later: Vector, steps: int) -> tuple[float, Vector]:
+    """``2 log(rooted_mean_error(c) * |c|)`` and its gradient in ``later``, where c is 1 and then ``later``.
+
+    ``h = 1 / ((1 - x) c(x))`` is the first column of ``A C^-1``, hence ``dh / dc_j = -x^j h(x) / c(x)``.
+    """
+    c = np.concatenate([[1.0], later])
+    row = scipy.signal.lfilter([1.0], c, np.ones(steps))
+    weighted = np.arange(steps, 0, -1) / steps * row
+    moved = scipy.signal.lfilter([1.0], c, row)
+    mean = float(weighted @ row)
+    slope = np.array([-2 * (weighted[j:] @ moved[: steps - j]) for j in range(1, len(c))])
+    size = float(c @ c)
+    return math.log(mean) + math.log(size), slope / mean + 2 * later / size
 
 
 def inverse(coefficients: ArrayLike) -> Vector:
     """The first column of the inverse of the lower-triangular Toeplitz matrix with first column ``coefficients``.
 
-    Forward substitution: n steps of as many terms as there are bands.
+    Forward substitution, in as many operations as there are steps times bands.
 
     Raises:
       InvalidParameter: no invertible strategy, or its inverse leaves the range of a double.
     """
     c = _strategy(coefficients)
-    later = c[1 : _bands(c)][::-1]
-    result = np.zeros_like(c)
-    result[0] = 1 / c[0]
-    with np.errstate(over="ignore", invalid="ignore"):
-        for t in range(1, len(c)):
-            reach = min(t, len(later))
-            result[t] = -(later[len(later) - reach :] @ result[t - reach : t]) / c[0]
+    impulse = np.zeros_like(c)
+    impulse[0] = 1.0
+    result = np.asarray(scipy.signal.lfilter([1.0], c[: _bands(c)], impulse))
     if not np.isfinite(result).all():
         raise InvalidParameter("The inverse of these coefficients leaves the range of a double: no strategy to use.")
     return result
@@ -120,16 +187,21 @@ def sensitivity(coefficients: ArrayLike, steps: int, *, min_separation: int = 1,
         raise InvalidParameter(
             f"steps = {steps}: there are {len(c)} coefficients only. Make the strategy for all steps of the run."
         )
-    apart = _whole("min_separation", min_separation)
+    apart = min(_whole("min_separation", min_separation), steps)
     times = min(_whole("max_participations", max_participations), -(-steps // apart))
     size = np.abs(c[:steps])
     scale = size.max()
     size = size / scale
     if times > 1 and _bands(c[:steps]) > apart:
         size = np.maximum.accumulate(size[::-1])[::-1]
-    moved = np.zeros(steps)
-    for first in range(0, times * apart, apart):
-        moved[first:] += size[: steps - first]
+    if times * apart >= steps:  # as often as it fits: sum every apart-th entry up to each
+        moved = np.zeros(times * apart)
+        moved[:steps] = size
+        moved = moved.reshape(times, apart).cumsum(axis=0).ravel()[:steps]
+    else:
+        moved = np.zeros(steps)
+        for first in range(0, times * apart, apart):
+            moved[first:] += size[: steps - first]
     return _raised(scale * math.sqrt(float(moved @ moved)), operations=steps + times)
 
 
@@ -147,13 +219,26 @@ def column_sensitivity(matrix: ArrayLike) -> float:
     return _raised(scale * float(np.linalg.norm(entries / scale, axis=0).max()), operations=len(entries))
 
 
-def rooted_mean_error(coefficients: ArrayLike) -> float:
+def rooted_mean_error(
+    coefficients: ArrayLike, *, inverse_coefficients: ArrayLike | None = None, momentum: float = 0.0
+) -> float:
     """``sqrt(mean_t |(A C^-1)[t, :]|^2)``: the error of the running sums per unit standard deviation of Z.
 
     Times sensitivity and noise multiplier, it is the error by which strategies are compared. Not a bound: an estimate
     to the digits of a double.
+
+    Args:
+      coefficients: the first column of C.
+      inverse_coefficients: that of C^-1, where it is known; else :func:`inverse` finds it.
+      momentum: in [0, 1). What is summed is ``m_t = momentum * m_{t-1} + g_t``, the steps of gradient descent with it.
+
+    Raises:
+      InvalidParameter: as :func:`inverse`, or momentum outside [0, 1).
     """
-    row = np.cumsum(inverse(coefficients))  # A C^-1 is Toeplitz too
+    if not 0 <= momentum < 1:
+        raise InvalidParameter(f"momentum = {shown(momentum)}: it must lie in [0, 1), or the sums would not settle.")
+    noise = inverse(coefficients) if inverse_coefficients is None else _strategy(inverse_coefficients)
+    row = np.cumsum(scipy.signal.lfilter([1.0], [1.0, -momentum], noise))  # A C^-1 is Toeplitz too
     n = len(row)
     return math.sqrt(float(np.arange(n, 0, -1) @ row**2) / n)
 

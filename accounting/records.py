@@ -6,10 +6,10 @@ import secrets
 import threading
 from typing import Annotated, NamedTuple
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, SerializerFunctionWrapHandler, ValidationInfo, field_validator, model_serializer
 
 from .errors import InvalidParameter, LedgerError
-from .events import Event, Relation
+from .events import Event, Relation, Repeated
 from .privacy_filters import RenyiFilter
 from .values import Delta, Name, PositiveCount, PositiveFloat, Value
 
@@ -53,7 +53,7 @@ class PlanRecord(Value):
     """One run as it was fixed before its first release.
 
     Attributes:
-      event: what ONE step does.
+      event: what one step does; or what ``steps_per_event`` of them do together.
       steps: how many steps are planned; the ledger refuses one more.
       delta: at which this plan's epsilon is stated.
       unit: what a neighbour differs in: "example", "user", "client".
@@ -61,6 +61,8 @@ class PlanRecord(Value):
       facts: for the statement, no part of the guarantee: ``sampling``, ``noise_generator``, ``max_grad_norm``,
         ``certified`` (bool), ``certified_reason`` (str), ``caveats`` (list of str), and whatever else is public.
       plan_id: random unless given; a resumed run gives the id of the run it resumes.
+      steps_per_event: how many steps, counted from the first charge, one event covers: the steps of a pass over the
+        data, or of a whole run with correlated noise. An event that was begun counts in full.
     """
 
     event: Event
@@ -71,6 +73,16 @@ class PlanRecord(Value):
     num_examples: PositiveCount
     facts: dict[str, Fact] = Field(default_factory=dict)
     plan_id: Name = Field(default_factory=_new_plan_id)
+    steps_per_event: PositiveCount = 1
+
+    def event_of(self, steps: int) -> Event:
+        """What ``steps`` steps, the first ones of the plan, do together."""
+        return Repeated(event=self.event, count=-(-steps // self.steps_per_event))
+
+    @model_serializer(mode="wrap")
+    def _without_default(self, handler: SerializerFunctionWrapHandler) -> dict[str, object]:
+        # A plan whose event is one step stays readable for versions that know no other.
+        return {name: value for name, value in handler(self).items() if (name, value) != ("steps_per_event", 1)}
 
 
 class Spent(NamedTuple):

@@ -176,6 +176,7 @@ def _plan_statement(plan: PlanRecord, charged: int) -> PlanStatement:
         delta=plan.delta,
         noise_multiplier=descriptions.each(plan.event, descriptions.noise),
         sampling=descriptions.each(plan.event, descriptions.sampling)
+        + (f"; {plan.steps_per_event} consecutive steps count as one such release" if plan.steps_per_event > 1 else "")
         + (f" ({facts['sampling']})" if facts.get("sampling") else ""),
         max_grad_norm=str(facts.get("max_grad_norm", "not stated")),
         noise_generator=str(facts.get("noise_generator", "not stated")),

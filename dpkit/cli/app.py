@@ -27,6 +27,7 @@ _COMMANDS = (
     "compare",
     "calibrate",
     "curve",
+    "plan-noise",
     "tune-leak",
     "statement",
     "report",

@@ -155,8 +155,7 @@ def from_ledger(run: Path) -> Answer:
     lower = estimate = 0.0
     if len(plans) == 1:
         [(plan, charged)] = plans
-        event = accounting.Repeated(event=plan.event, count=charged)
-        lower, estimate, _, _ = accounting.epsilon(event, plan.delta, relation=plan.relation)
+        lower, estimate, _, _ = accounting.epsilon(plan.event_of(charged), plan.delta, relation=plan.relation)
     elif plans:
         # Plans that may have been chosen after one another: their sum (or the budget of a filter) is the bound, and
         # nothing is known from below.

@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import dpkit
 from accounting import (
-    Gaussian,
+    Bound,
     Ledger,
     PlanRecord,
     Poisson,
@@ -36,13 +36,14 @@ from accounting import (
     round_up,
     round_up_text,
 )
-from accounting.ledger import epsilon_of
+from accounting.ledger import epsilon_of, with_releases_beside
 from dpkit import report
 from dpkit.errors import AccountingError, CheckpointError, DataError, DpkitError, LedgerError, RunFolderError
 from dpkit.run_folder import RunFolder
 
 from . import config as configs
 from .epsilon import Answer
+from .sampler_check import sampler_problems
 
 LARGEST_HEADER = 16 * 2**20
 """Bytes of a checkpoint's header that are read at most."""
@@ -54,7 +55,6 @@ _ANCHOR = re.compile(r"entry\s+(\d{1,18}),\s+([0-9a-f]{64})")
 _NUMBER = r"[0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?"
 _EPSILON = re.compile(rf"epsilon <= ({_NUMBER}|inf)(?: at delta = ({_NUMBER}))?")
 _CHECKPOINT = re.compile(r"step-\d{10}\.safetensors")
-_CALL = re.compile(r"(\w+)\((.*)\)", re.DOTALL)
 
 Natural = Annotated[int, Field(ge=0, lt=2**63)]
 
@@ -223,53 +223,12 @@ def _sampler(plans: list[tuple[PlanRecord, int]]) -> Found:
         if missing:
             silent.append(f"plan {plan.plan_id[:12]} does not say its {', '.join(missing)}")
         else:
-            problems += [f"plan {plan.plan_id[:12]}: {problem}" for problem in _sampler_problems(plan)]
+            problems += [f"plan {plan.plan_id[:12]}: {problem}" for problem in sampler_problems(plan)]
     if problems:
         return _failed(*problems)
     if silent:
         return _not_checked("; ".join(silent))
     return _ok(f"{'; '.join(str(plan.facts['sampler']) for plan, _ in plans)} is what was charged, q*N the batch")
-
-
-def _sampler_problems(plan: PlanRecord) -> Iterator[str]:
-    event, facts = plan.event, plan.facts
-    said = str(facts["sampler"])
-    match event:
-        case Poisson():
-            sampler: dict[str, float] = {"sample_rate": event.sample_rate}
-        case TruncatedPoisson():
-            sampler = {"sample_rate": event.sample_rate, "cap": event.cap}
-            if event.max_examples != plan.num_examples:
-                yield f"truncation is charged for at most {event.max_examples} units, and N is {plan.num_examples}"
-        case _:
-            yield f"the sampler is {said}, and what was charged is {event!r}"
-            return
-    if _call(said) != (type(event).__name__, sampler):
-        yield f"the sampler is {said}, and what was charged is {event!r}"
-    expected = facts["expected_batch_size"]
-    if not (isinstance(expected, int | float) and math.isclose(expected, event.sample_rate * plan.num_examples)):
-        yield (
-            f"the expected batch size is {expected}, and rate {event.sample_rate:.6g} times N = {plan.num_examples} is "
-            f"{event.sample_rate * plan.num_examples:.6g}"
-        )
-    mechanism, noise = str(facts["mechanism"]), event.event
-    if not isinstance(noise, Gaussian) or _call(mechanism) != (
-        "Gaussian",
-        {"noise_multiplier": noise.noise_multiplier},
-    ):
-        yield f"the mechanism is {mechanism}, and what was charged is {noise!r}"
-
-
-def _call(text: str) -> tuple[str, dict[str, float]] | None:
-    """``Name(key=1.5, ...)`` as ("Name", {"key": 1.5}); None if it is something else."""
-    found = _CALL.fullmatch(text)
-    if found is None:
-        return None
-    pairs = [part.partition("=") for part in found[2].split(", ")]
-    try:
-        return found[1], {key: float(value) for key, _, value in pairs}
-    except ValueError:
-        return None
 
 
 def _budget(ledger: Ledger, stated: Statement) -> Found:
@@ -574,14 +533,23 @@ def _metrics_epsilon(run: Run) -> Found:
 def _line_epsilon(run: Run, line: _Line) -> Found:
     at = f"at {line.charged} charges and delta {line.delta!r}, epsilon"
     claims = [
-        _claim(run, at, line.epsilon, round_up(epsilon_of(plan, line.charged).upper))
+        _claim(run, at, line.epsilon, round_up(bound.upper))
         for plan, _ in run.plans
-        if plan.steps == line.planned and plan.delta == line.delta and line.charged <= plan.steps
+        if plan.steps == line.planned and line.charged <= plan.steps
+        for bound, delta in _with_releases_beside(run, plan, line.charged)
+        if delta == line.delta
     ]
     if not claims:
         return _failed(f"delta {line.delta!r} and {line.planned} planned steps in metrics.jsonl are no plan's")
     # With several such plans, which of them the file belongs to is not written there.
     return next((claim for claim in claims if claim.verdict == Verdict.OK), claims[0])
+
+
+def _with_releases_beside(run: Run, plan: PlanRecord, charged: int) -> Iterator[tuple[Bound, float]]:
+    """(epsilon, delta) of the plan's first charges, with none, one, .. of the releases that were made beside it."""
+    beside = [other for other, _ in run.plans if other.facts.get("beside") == plan.plan_id]
+    for count in range(len(beside) + 1):
+        yield with_releases_beside(plan, charged, beside[:count])
 
 
 def _nothing_read(unread: int) -> Found:

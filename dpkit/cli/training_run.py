@@ -203,7 +203,7 @@ def from_plan(path: Path) -> TrainingRun:
     [(plan, _)], [words] = plans, stated.plans
     return TrainingRun(
         release=plan.event,
-        count=plan.steps,
+        count=-(-plan.steps // plan.steps_per_event),
         steps=plan.steps,
         delta=plan.delta,
         relation=plan.relation,
@@ -211,6 +211,7 @@ def from_plan(path: Path) -> TrainingRun:
         sampling=words.sampling,
         noise_multiplier=words.noise_multiplier,
         source=str(ledger_path(path)),
+        steps_per_release=plan.steps_per_event,
         caveats=stated.caveats,
         certified=said if isinstance(said := plan.facts.get("certified"), bool) else None,
     )

@@ -8,6 +8,8 @@ from xml.etree import ElementTree
 
 import pytest
 
+import accounting
+
 from .conftest import Run
 
 NUMBERS = ("--noise-multiplier", "1.1", "--sample-rate", "0.01", "--delta", "1e-5")
@@ -109,3 +111,29 @@ def test_without_matplotlib_the_extra_is_named(dpkit: Run, tmp_path: Path, monke
     done = dpkit("curve", *NUMBERS, "--steps", 5, "--plot", tmp_path / "curve.png")
     assert (done.code, done.out) == (1, "")
     assert "dpkit[report]" in done.err
+
+
+def test_a_run_whose_event_covers_a_pass_is_told_in_steps(dpkit: Run, tmp_path: Path):
+    event = accounting.OnePass(event=accounting.Gaussian(noise_multiplier=2.0))
+    plan = accounting.PlanRecord(
+        event=event,
+        steps=20,
+        delta=1e-3,
+        relation=accounting.Relation.ZERO_OUT,
+        unit="example",
+        num_examples=60,
+        steps_per_event=6,
+    )
+    budget = accounting.Budget(epsilon=100.0, delta=1e-2)
+    with accounting.Ledger.create(tmp_path / "ledger.sqlite", dataset_name="made up", budget=budget) as ledger:
+        for _ in range(8):
+            ledger.charge(plan, event)
+    costs = [
+        accounting.round_up(accounting.epsilon(accounting.Repeated(event, passes), 1e-3, relation=plan.relation).upper)
+        for passes in (1, 2, 3, 4)
+    ]
+    points = dpkit("curve", tmp_path, "--json").json["points"]
+    assert [point["epsilon"] for point in points] == pytest.approx([costs[step // 6] for step in range(20)], abs=1e-3)
+    done = dpkit("epsilon", tmp_path, "--json").json
+    assert (done["epsilon"], done["committed_epsilon"]) == (costs[1], costs[3])
+    assert done["lower"] <= costs[1] and done["steps"] == 8

@@ -253,6 +253,7 @@ def test_commands_that_only_count_load_neither_torch_nor_each_other(tmp_path: Pa
         "epsilon": NUMBERS,
         "calibrate": ("--target-epsilon", "1", *NUMBERS[2:]),
         "curve": (*NUMBERS[:4], "--steps", "3", *NUMBERS[6:]),
+        "plan-noise": ("--target-epsilon", "1", *NUMBERS[4:], "--num-examples", "90", "--batch-size", "9"),
         "tune-leak": (*NUMBERS, "--grid", "2"),
         "statement": (str(trained),),
         "init": ("example.yaml",),
