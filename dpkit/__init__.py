@@ -22,14 +22,23 @@ if TYPE_CHECKING:
     from dpkit import clipping as clipping
     from dpkit import errors as errors
     from dpkit import filters as filters
+    from dpkit import mechanisms as mechanisms
+    from dpkit import metrics as metrics
+    from dpkit import optim as optim
+    from dpkit import sampling as sampling
     from dpkit.engine import Plan as Plan
     from dpkit.engine import PrivacyEngine as PrivacyEngine
     from dpkit.engine import check as check
     from dpkit.gradients import ghost as ghost
     from dpkit.gradients import vmap as vmap
+    from dpkit.mechanisms import Correlated as Correlated
     from dpkit.mechanisms import Gaussian as Gaussian
+    from dpkit.sampling import CyclicPoisson as CyclicPoisson
+    from dpkit.sampling import FixedOrder as FixedOrder
     from dpkit.sampling import Poisson as Poisson
     from dpkit.sampling import TruncatedPoisson as TruncatedPoisson
+    from dpkit.sampling import Users as Users
+    from dpkit.sampling import WithoutReplacement as WithoutReplacement
 
 
 _HOMES = {
@@ -38,28 +47,42 @@ _HOMES = {
     "Plan": "dpkit.engine",
     "PrivacyEngine": "dpkit.engine",
     "check": "dpkit.engine",
+    "Correlated": "dpkit.mechanisms",
     "Gaussian": "dpkit.mechanisms",
+    "CyclicPoisson": "dpkit.sampling",
+    "FixedOrder": "dpkit.sampling",
+    "Users": "dpkit.sampling",
+    "WithoutReplacement": "dpkit.sampling",
     "Poisson": "dpkit.sampling",
     "TruncatedPoisson": "dpkit.sampling",
     "ghost": "dpkit.gradients",
     "vmap": "dpkit.gradients",
 }
-_MODULES = ("callbacks", "clipping", "errors", "filters")
+_MODULES = ("callbacks", "clipping", "errors", "filters", "mechanisms", "metrics", "optim", "sampling")
 
 __all__ = [
     "Budget",
+    "Correlated",
+    "CyclicPoisson",
+    "FixedOrder",
     "Gaussian",
     "Plan",
     "Poisson",
     "PrivacyEngine",
     "Relation",
     "TruncatedPoisson",
+    "Users",
+    "WithoutReplacement",
     "callbacks",
     "check",
     "clipping",
     "errors",
     "filters",
     "ghost",
+    "mechanisms",
+    "metrics",
+    "optim",
+    "sampling",
     "vmap",
 ]
 

@@ -16,7 +16,8 @@ import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
-from accounting import Ledger, PlanRecord, round_up
+from accounting import Bound, Ledger, PlanRecord, round_up
+from accounting.ledger import with_releases_beside
 from dpkit.callbacks import Callback, Setting, StepRecord
 from dpkit.errors import (
     CheckpointError,
@@ -29,6 +30,8 @@ from dpkit.errors import (
 )
 from dpkit.gradients import Capture, PerSample, ghost, places_of, trainable
 from dpkit.mechanisms import RunKey
+from dpkit.metrics import ClippedCount
+from dpkit.types import Released
 
 from .arguments import Place, listed
 from .batch import structure
@@ -46,9 +49,10 @@ from .memory import explained
 from .plan import Plan
 from .probe import probe_forward, training_mode
 from .rows import left_behind, refuse_shared_outputs
-from .step import BatchDiagnostics, ClippedAccumulator, StepState, release
+from .step import NO_VALUES, BatchDiagnostics, ClippedAccumulator, StepState, release
 
 REDUCTIONS = ("none", "mean", "sum")
+_WHOLE = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 # A model stays attached as long as it lives, or until it is detached: were it the engine that kept the attachment
 # alive, a loop that lost its engine would go on without privacy and without a word.
@@ -74,6 +78,7 @@ class Attachment:
       record: the plan as the ledger keeps it.
       run_key: secret of the run.
       microbatches: public upper bound of the microbatches of a logical batch.
+      population: number of units of the data set.
       callbacks: who is told what happens.
       lock: of the run folder, held; given back when the attachment ends.
     """
@@ -89,10 +94,12 @@ class Attachment:
         record: PlanRecord,
         run_key: RunKey,
         microbatches: int,
+        population: int,
         callbacks: Iterable[Callback],
         lock: FileLock,
     ) -> None:
         self.plan = plan
+        self.population = population
         self.capture: Capture | None = None
         self.batches: PrivateLoader | None = None
         self.steps_taken = 0
@@ -115,6 +122,13 @@ class Attachment:
         self._microbatches = microbatches
         self._names = {id(p): name for name, p in parameters.items()}
         self._state = StepState.initial(plan, dict(parameters))
+        self._questions = plan.questions(plan.setting(parameters))
+        self._step = 0  # of the batch in hand, counted by charges
+        self._values: dict[str, Tensor] = {}  # of the plan's metrics, for the batch in hand
+        self.beside = tuple(known for known, _ in ledger.plans() if known.facts.get("beside") == record.plan_id)
+        """Releases of their own that were charged beside the steps of this run, in an earlier process too."""
+        self.released: dict[str, float] = {}
+        """Estimates of the plan's metrics, as the last step released them."""
         self._draw: Draw | None = None  # handed out and not differentiated yet
         self._sum: ClippedAccumulator | None = None  # of a logical batch that is not released yet
         self._failed = False
@@ -156,8 +170,9 @@ class Attachment:
 
     # -- the order of events ------------------------------------------------------------------------------------------
 
-    def begin_pass(self, mark: object, steps_per_pass: int) -> int:
-        """Public number of logical steps of the pass that begins: no more than the plan has left."""
+    def begin_pass(self, mark: object, steps_per_pass: int) -> tuple[int, int]:
+        """(public number of logical steps of the pass that begins: no more than the plan has left; the number of the
+        first of them, which is that of the steps charged so far)."""
         if self._sum is not None and not self._failed:
             raise OutOfOrder(
                 "a new pass over the loader began in the middle of a logical batch, whose microbatches would be lost "
@@ -168,7 +183,7 @@ class Attachment:
         self._forget()
         # A resumed run first ends the pass that was interrupted: what happens once a pass happens as often as ever.
         self._pass, self.steps_into_pass, self._resumed_into_pass = mark, self._resumed_into_pass, 0
-        return max(0, min(steps_per_pass - self.steps_into_pass, self.steps_left))
+        return max(0, min(steps_per_pass - self.steps_into_pass, self.steps_left)), self.charged
 
     def end_pass(self, mark: object) -> None:
         """The pass ended, or the loop was left: the next one begins anew."""
@@ -204,6 +219,11 @@ class Attachment:
                 "the next batch was drawn before engine.backward had seen the one before; leaving batches out shows "
                 "which ones. Call engine.backward on every batch, and evaluate on a loader of your own."
             )
+        if draw.mark is not self._pass:
+            raise OutOfOrder(
+                "the batch is of a pass that is over: another one has begun since, and the batches of the two would "
+                "mix. Use one iterator over the loader at a time."
+            )
         self._forget()
         if (self._sum is None) != (draw.microbatch == 0):
             raise OutOfOrder("microbatches of two logical batches would mix; iterate over one loader at a time.")
@@ -218,6 +238,7 @@ class Attachment:
     def _forget(self) -> None:
         """Nothing of a batch before the next one may still arrive."""
         self._draw = None
+        self._values = {}
         self._went_through = False
         if self.capture is not None:
             self.capture.reset()
@@ -233,14 +254,24 @@ class Attachment:
     def take_draw(self) -> Draw:
         """The batch in hand, once."""
         draw, self._draw = self._in_hand(), None
+        self._step = draw.step
         self._failed = True  # until the batch is through: whatever happens in between ends the run
         return draw
 
-    def open(self, real: int, scale: float = 1.0) -> None:
+    def open(
+        self,
+        real: int,
+        scale: float = 1.0,
+        *,
+        labels: Tensor | None = None,
+        values: Mapping[str, Tensor] = NO_VALUES,
+    ) -> None:
         """A microbatch comes, of ``real`` units and padding; see :meth:`ClippedAccumulator.open`."""
         if self._sum is None:
-            self._sum = ClippedAccumulator(self.plan, self._state.rule, dict(self._parameters), self._microbatches)
-        self._sum.open(real, scale)
+            self._sum = ClippedAccumulator(
+                self.plan, self._state.rule, dict(self._parameters), self._microbatches, self._questions
+            )
+        self._sum.open(real, scale, labels=labels, values=values)
 
     @property
     def consumer(self) -> ClippedAccumulator | None:
@@ -260,6 +291,11 @@ class Attachment:
         self.nonprivate = clipped.diagnostics
         # Charge before release: a crash between these two lines over-counts, never under-counts.
         receipt = self._ledger.charge(self.record, self.plan.event)
+        if receipt.step != self._step + 1:
+            raise OutOfOrder(
+                f"the batch was drawn for step {self._step + 1} of the plan, and the ledger has just charged step "
+                f"{receipt.step}: something else charges this plan. Nothing was released."
+            )
         released = release(clipped.result(), self.plan, self._state, receipt, self._run_key)
         self.steps_taken += 1
         self.steps_into_pass += 1
@@ -269,13 +305,29 @@ class Attachment:
             gradient = released.value[name].to(parameter.dtype)
             parameter.grad = gradient
             self._written[id(parameter)] = gradient
+        self._show(released)
+        self.released = {
+            metric.name: metric.estimate(float(total[0]), self.plan.expected_batch)
+            for metric, total in zip(self.plan.metrics, _last(released.queries, len(self.plan.metrics)), strict=True)
+        }
         self._failed = False
         if self._callbacks:
             record = self.step_record()
             for callback in self._callbacks:
                 callback.on_step(record)
+                if self.released:
+                    callback.on_metrics(record, dict(self.released))
             counts = {name: count for name, count in asdict(self.nonprivate).items() if count is not None}
             self._tell_nonprivate(record, counts)
+
+    def _show(self, released: Released) -> None:
+        """Tell an optimizer that asks for it what was released before the filters, and how noisy that is."""
+        observe = getattr(self._optimizer(), "observe_release", None)
+        if observe is not None:
+            raw = released.value if released.raw is None else released.raw
+            for name, parameter in self._parameters.items():
+                # A copy: what the loop does to p.grad in place must not reach it.
+                observe(parameter, raw[name].clone(), released.noise_std[name])
 
     def clear_gradients(self) -> None:
         """No gradients until the next release: an optimizer step in between moves nothing."""
@@ -304,14 +356,19 @@ class Attachment:
         """Where the run stands: public."""
         optimizer = self._optimizer()
         rate = None if optimizer is None else optimizer.param_groups[0].get("lr")
+        bound, delta = self.spent()
         return StepRecord(
             step=self.steps_taken,
-            charged=(charged := self.charged),
+            charged=self.charged,
             planned=self.plan.steps,
-            epsilon=round_up(self.plan.epsilon(charged).upper),
-            delta=self.plan.delta,
+            epsilon=round_up(bound.upper),
+            delta=delta,
             learning_rate=None if rate is None else float(rate),
         )
+
+    def spent(self) -> tuple[Bound, float]:
+        """(ε, δ) of the steps charged so far and of the releases beside them: basic composition, as in the ledger."""
+        return with_releases_beside(self.record, self.charged, self.beside)
 
     def tell(self, metrics: Mapping[str, float]) -> None:
         """Give every callback numbers that the loop declared public or released."""
@@ -357,10 +414,15 @@ class Attachment:
         Raises:
           CheckpointError: it is of another model or optimizer, or holds parameters from which nothing can be learnt.
         """
-        if self.plan.mechanism.init(dict(self._parameters)) != ():
+        if self._state.mechanism != ():
             raise CheckpointError(
                 f"{self.plan.mechanism} remembers noise from step to step, which no checkpoint may hold; a run with it "
-                "cannot be resumed. Start a new one."
+                "cannot be resumed. Start a new run, from the saved parameters if you like: both are charged."
+            )
+        if not self.plan.sampler.resumable:
+            raise CheckpointError(
+                f"{self.plan.sampler} drew something for the whole run, which no checkpoint holds; a run with it "
+                "cannot be resumed. Start a new run, from the saved parameters if you like: both are charged."
             )
         model = self._require_model()
         load_model = self._contents.loading(model, checkpoint)
@@ -394,7 +456,7 @@ class Attachment:
         self.capture.on_forward = self._probe_new_call
         self.capture.on_backward_end = self._after_foreign_backward
 
-    def backward(self, losses: Tensor, units: Tensor | None = None) -> None:
+    def backward(self, losses: Tensor, units: Tensor | None = None, labels: Tensor | None = None) -> None:
         """See :meth:`dpkit.PrivacyEngine.backward`."""
         if self.capture is None:
             raise OutOfOrder("engine.backward belongs to make_private; in the functional form call step(batch).")
@@ -403,6 +465,8 @@ class Attachment:
         places = self._places(units, in_hand.rows, losses)
         self._refuse_unprobed()
         self._refuse_unused_release("the next release would overwrite it")
+        self.check_labels(labels, in_hand.rows)
+        self._refuse_missing_metrics()
         refuse_foreign_leaves(losses, self._covered())
         tape, draw = self.capture.tape, self.take_draw()
         if self._reduction == "none" and self.capture.outputs is not None:
@@ -412,7 +476,7 @@ class Attachment:
             finally:
                 tape.muted = False
             self.capture.outputs = None  # until the model is called in a new way
-        self._open(draw)
+        self._open(draw, labels)
         self._differentiating = True
         with explained(draw.rows, self.capture.anchor.device, lambda: tape.activations):
             try:
@@ -442,8 +506,70 @@ class Attachment:
             )
         return places_of(units, size)
 
-    def _open(self, draw: Draw) -> None:
-        self.open(draw.real, float(draw.rows) if self._reduction == "mean" else 1.0)
+    def _open(self, draw: Draw, labels: Tensor | None = None) -> None:
+        values, self._values = self._values, {}
+        self.open(draw.real, float(draw.rows) if self._reduction == "mean" else 1.0, labels=labels, values=values)
+
+    def check_labels(self, labels: Tensor | None, rows: int) -> None:
+        """Refuse labels that the rule does not ask for, or that are not one whole number a unit.
+
+        Raises:
+          InvalidArgument: naming what was given.
+        """
+        needed = self.plan.clip.needs_labels
+        if not needed and labels is None:
+            return
+        shape = tuple(labels.shape) if isinstance(labels, Tensor) else None
+        if not needed or not isinstance(labels, Tensor) or shape != (rows,) or labels.dtype not in _WHOLE:
+            raise InvalidArgument(
+                f"labels is {type(labels).__name__} of shape {shape} for {rows} units, and {self.plan.clip} "
+                + (
+                    "needs one whole number for each unit: engine.backward(losses, labels=...)."
+                    if needed
+                    else "has no use for any; leave labels out."
+                )
+            )
+
+    def give(self, name: str, values: Tensor) -> None:
+        """Values of a metric of the plan, one for each unit of the batch in hand."""
+        rows = self._in_hand().rows
+        if not isinstance(values, Tensor) or values.shape != (rows,):
+            shape = tuple(getattr(values, "shape", ()))
+            raise InvalidArgument(
+                f"the values of {name!r} have shape {shape}, and the batch has {rows} units; give one value for each, "
+                "padding included."
+            )
+        if values.is_complex():
+            raise InvalidArgument(f"the values of {name!r} are complex; give real numbers.")
+        if name in self._values:
+            raise OutOfOrder(f"the values of {name!r} were given for this batch already; each unit adds to it once.")
+        self._values[name] = values.detach()
+
+    def take_values(self) -> dict[str, Tensor]:
+        """The values of the plan's metrics for the batch in hand, once.
+
+        Raises:
+          OutOfOrder: some of them were not given.
+        """
+        self._refuse_missing_metrics()
+        values, self._values = self._values, {}
+        return values
+
+    def refuse_failed(self) -> None:
+        """Refuse to go on after a batch that failed."""
+        if self._failed:
+            raise OutOfOrder(
+                "an earlier batch of this run failed, or the engine was detached; nothing more is released. What was "
+                "charged stays charged."
+            )
+
+    def _refuse_missing_metrics(self) -> None:
+        asked = {metric.name for metric in self.plan.metrics if not isinstance(metric, ClippedCount)}
+        if missing := sorted(asked - self._values.keys()):
+            raise OutOfOrder(
+                f"the plan releases {', '.join(missing)} in every step, and the batch in hand has no values of it; "
+                "call engine.release_mean or engine.release_count before the backward pass."
+            )
 
     def _after_foreign_backward(self) -> None:
         """A backward pass ended that may not have been ours: ``loss.backward()`` in the user's loop."""
@@ -458,6 +584,8 @@ class Attachment:
                     "plain model."
                 )
             self._in_hand()
+            self._refuse_missing_metrics()
+            self.check_labels(None, 0)
             self._refuse_unprobed()
             self._refuse_unused_release("the next release would overwrite it")
             refuse_foreign_roots(self._covered())
@@ -613,6 +741,10 @@ class Attachment:
         if optimizer is None:
             raise OutOfOrder("the attached optimizer no longer exists.")
         return optimizer
+
+
+def _last(queries: tuple[Tensor, ...], count: int) -> tuple[Tensor, ...]:
+    return queries[len(queries) - count :]
 
 
 def attached_to(model: nn.Module) -> Attachment | None:

@@ -18,9 +18,10 @@ neighbour probe, which sees the model (in the functional form the loss as well);
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from filelock import FileLock
@@ -34,9 +35,11 @@ from dpkit.clipping import ClipRule, Flat
 from dpkit.errors import BudgetExceeded, CheckpointError, InvalidArgument, LedgerError, OutOfOrder
 from dpkit.filters import Filter
 from dpkit.gradients import Backend, ghost, trainable
-from dpkit.mechanisms import Mechanism, RunKey
+from dpkit.mechanisms import Gaussian, Mechanism, RunKey
+from dpkit.metrics import Count, Mean, Metric
 from dpkit.run_folder import RunFolder
-from dpkit.sampling import Poisson, TruncatedPoisson
+from dpkit.sampling import Poisson, Sampler, TruncatedPoisson, unit_of
+from dpkit.types import ClippedSum, Query
 
 from . import checkpoint as checkpoints
 from .attachment import Attachment, attached_to, check_reduction
@@ -47,9 +50,9 @@ from .checkpoint import Checkpoint, Manifest
 from .guards import refuse_model, refuse_optimizer
 from .loader import Draws, Loading, PrivateLoader, filled, microbatch_rows
 from .memory import explained
-from .plan import LARGEST_EXCESS, Plan, check_count, check_number, steps_per_epoch
+from .plan import LARGEST_EXCESS, Plan, check_count, check_member, check_number, steps_per_epoch
 from .probe import probe_loss, training_mode
-from .record import continued, plan_record
+from .record import continued, plan_record, query_record
 from .step import BatchDiagnostics
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -180,13 +183,16 @@ class PrivacyEngine:
         target_delta: float,
         target_epsilon: float | None = None,
         noise_multiplier: float | None = None,
-        mechanism: Mechanism | None = None,
+        mechanism: Mechanism | Callable[[float], Mechanism] | None = None,
+        sampler: Sampler | None = None,
         epochs: int | None = None,
         steps: int | None = None,
         max_grad_norm: float | None = None,
         clipping: ClipRule | None = None,
-        filters: tuple[Filter, ...] = (),
+        filters: Sequence[Filter] = (),
+        metrics: Sequence[Metric] = (),
         num_examples: int | None = None,
+        unit: str | None = None,
         relation: Relation | None = None,
         max_physical_batch_size: int | None = None,
         loss_reduction: Reduction = "none",
@@ -195,15 +201,24 @@ class PrivacyEngine:
     ) -> tuple[Model, Optimizer, PrivateLoader]:
         """Attach to a training loop that exists. The same model and optimizer come back, with a private loader.
 
+        Unless the engine was given a seed, torch's own generators get a secret state, so that nobody knows what dropout
+        and augmentations draw: a ``torch.manual_seed`` before this call serves the initialisation of the model, and one
+        after it would undo that.
+
         Args:
           model: trainable parameters must all have per-sample gradient rules.
           optimizer: any optimizer that moves by ``p.grad`` alone.
           loader: its ``batch_size`` becomes the expected batch size; collate_fn, workers and pinning are kept.
           target_delta: δ.
-          target_epsilon: ε to stay within after all steps; or give ``noise_multiplier``, or a ``mechanism``.
+          target_epsilon: ε to stay within after all steps; or give ``noise_multiplier``, or a ``mechanism``. Together
+            with a target, ``mechanism`` is a function that makes one of the noise multiplier that is found.
+          sampler: how batches are drawn; Poisson sampling at batch_size / N where it is left out.
           epochs: passes over the data, each of ceil(N / batch_size) logical steps; or give ``steps``.
           max_grad_norm: C of flat clipping; or give a ``clipping`` rule.
+          filters: post-processing of what was released, before the optimizer sees it.
+          metrics: numbers that are released in every step beside the gradient; see :meth:`release_mean`.
           num_examples: the public N. Left out, ``len(dataset)`` is declared public and the relation is zero-out.
+          unit: what one item of the data set stands for: "example", or "user" where it is :class:`dpkit.Users`.
           relation: neighbouring relation; add/remove when N is given.
           max_physical_batch_size: cut each logical batch into a public number of microbatches of this size. Batches are
             then drawn by truncated Poisson sampling with cap B + 6√B, and accounted as that.
@@ -251,11 +266,14 @@ class PrivacyEngine:
         per_pass = steps_per_epoch(public_n, batch_size)
         sample_rate = min(1.0, batch_size / public_n)
         rows = None if max_physical_batch_size is None else microbatch_rows(max_physical_batch_size)
-        sampler = (
-            Poisson(sample_rate)
-            if rows is None
-            else TruncatedPoisson(sample_rate, TruncatedPoisson.cap_for(sample_rate * public_n))
-        )
+        if sampler is not None:
+            check_member("sampler", sampler, Sampler)
+            sampler.check(len(loading.dataset), public_n)
+            _refuse_other_batch_size(sampler, batch_size, public_n)
+        elif rows is None:
+            sampler = Poisson(sample_rate)
+        else:
+            sampler = TruncatedPoisson(sample_rate, TruncatedPoisson.cap_for(sample_rate * public_n))
         total = steps if steps is not None else (epochs or 0) * per_pass
 
         def plan_with(chosen: Mechanism) -> Plan:
@@ -266,7 +284,9 @@ class PrivacyEngine:
                 steps=total,
                 num_examples=public_n,
                 delta=target_delta,
-                filters=tuple(filters),
+                filters=cast(Any, filters),  # the plan refuses what is no tuple of them
+                metrics=cast(Any, metrics),
+                unit=unit or unit_of(loading.dataset) or "example",
                 relation=relation,
             )
 
@@ -315,6 +335,7 @@ class PrivacyEngine:
         backend: Backend = ghost,
         collate_fn: Callable[[list[Any]], Batch] = default_collate,
         max_physical_batch_size: int | None = None,
+        labels: Callable[[Batch], Tensor] | None = None,
         probe_batch: Batch | None = None,
     ) -> Callable[[Batch], None]:
         """The functional form: a step function for a loop written from scratch.
@@ -324,6 +345,7 @@ class PrivacyEngine:
 
         Args:
           loss_fn: ``loss_fn(model, batch) -> (B,)``, one loss per example.
+          labels: ``labels(batch) -> (B,)``, the label of each unit, for a clipping rule that needs them.
           backend: ``dpkit.ghost`` (book-keeping) or ``dpkit.vmap`` (functorch; slower, takes any differentiable model).
           probe_batch: a public batch for the neighbour probe; left out, a synthetic one is made.
         Returns: ``step(batch)``, which clips, charges, releases and steps the optimizer.
@@ -331,6 +353,15 @@ class PrivacyEngine:
           dpkit.errors.Refused: when something would break the guarantee; the message names it and the way out.
           accounting.BudgetExceeded: when the plan does not fit into what the ledger has left.
         """
+        if (labels is not None) != plan.clip.needs_labels:
+            raise InvalidArgument(
+                f"labels is {labels}, and {plan.clip} "
+                + (
+                    "needs the label of each unit: labels=lambda batch: ..."
+                    if labels is None
+                    else "has no use for any."
+                )
+            )
         loading = Loading(dataset, collate_fn)
         loading.check()
         largest = filled(plan.sampler.largest_batch(LARGEST_EXCESS * plan.num_examples))
@@ -359,13 +390,20 @@ class PrivacyEngine:
         device = next(iter(trainable(model).values())).device
 
         def step(batch: Batch) -> None:
+            values = attached.take_values()
             draw = attached.take_draw()
             attached.refuse_changes()
             probe_new_mode()
+            of_units = None if labels is None else labels(batch)
+            attached.check_labels(of_units, draw.rows)
             for start in range(0, draw.rows, chunk):
                 rows = slice(start, min(start + chunk, draw.rows))
                 size = rows.stop - rows.start
-                attached.open(min(max(draw.real - start, 0), size))
+                attached.open(
+                    min(max(draw.real - start, 0), size),
+                    labels=None if of_units is None else of_units[rows],
+                    values={name: given[rows] for name, given in values.items()},
+                )
                 with explained(size, device):
                     if backend is ghost:
                         gradients, losses = ghost.per_sample(
@@ -387,7 +425,7 @@ class PrivacyEngine:
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
-    def backward(self, losses: Tensor, *, units: Tensor | None = None) -> None:
+    def backward(self, losses: Tensor, *, units: Tensor | None = None, labels: Tensor | None = None) -> None:
         """Differentiate, clip and, with the last microbatch of a logical batch, charge and release into ``p.grad``.
 
         Args:
@@ -396,13 +434,116 @@ class PrivacyEngine:
           units: with ``rows_per_unit`` = K > 1, losses is (K·B,) and units (K·B,) says for each of them from which row
             of the batch in hand, 0 to B - 1, it was made: ``torch.arange(B).repeat_interleave(K)``. The gradients of
             one unit are added up before they are clipped.
+          labels: (B,) the label of each unit, 0, 1, .., for a clipping rule that needs them (``GroupAdaptive``).
         Raises:
           LossShape: when the shape is another one.
           OutOfOrder: without a batch from the private loader, or a second time for one batch.
           UncoveredParameter: when the losses depend on a trainable tensor that the engine does not cover.
           accounting.BudgetExceeded, accounting.LedgerError: nothing was released.
         """
-        self._require_attached().backward(losses, units)
+        self._require_attached().backward(losses, units, labels)
+
+    # -- metrics of the training data ---------------------------------------------------------------------------------
+
+    def release_mean(
+        self,
+        name: str,
+        values: Tensor,
+        *,
+        lower: float | None = None,
+        upper: float | None = None,
+        noise_multiplier: float | None = None,
+    ) -> float | None:
+        """Release the mean of a bounded number over the training data, such as a loss, with noise.
+
+        With a name that the plan's ``metrics`` hold, the mean is released in the event of the step: give ``values``
+        (B,), one for each unit of the batch in hand, before the backward pass, and read the estimate from
+        :attr:`released` after it. Returns None.
+
+        With another name it is a release of its own, charged as a plan of its own in the ledger, which must have room
+        for it (``budget=``): ``values`` holds one number for every unit of the whole data set. Returns the estimate.
+
+        Args:
+          values: clamped to the range; NaN adds nothing.
+          lower, upper: the range, of a release of its own.
+          noise_multiplier: of a release of its own: standard deviation of the noise / sensitivity of the sum.
+        Raises:
+          InvalidArgument: values of another shape, or arguments that do not belong to this kind of release.
+          OutOfOrder: no batch is in hand, or it has these values already.
+          accounting.BudgetExceeded: the ledger has no room for it; nothing was released.
+        """
+        if self._joins(name, Mean, (lower, upper, noise_multiplier)):
+            self._require_attached().give(name, values)
+            return None
+        if lower is None or upper is None:
+            raise InvalidArgument(
+                f"{name!r} is no metric of the plan, so its mean is a release of its own: give lower= and upper=, the "
+                "range of its values, and noise_multiplier=."
+            )
+        return self._release_alone(Mean(name, 1.0, lower, upper), values, noise_multiplier)
+
+    def release_count(self, name: str, values: Tensor, *, noise_multiplier: float | None = None) -> float | None:
+        """Release how many units have a property, such as being classified correctly, with noise.
+
+        As :meth:`release_mean`: with a name of the plan's ``metrics``, ``values`` (B,) says of each unit of the batch
+        in hand whether it has the property; otherwise of every unit of the whole data set.
+
+        Args:
+          values: boolean, or numbers of which 0 means no.
+          noise_multiplier: of a release of its own: standard deviation of the noise / sensitivity of the count.
+        Raises: as :meth:`release_mean`.
+        """
+        if self._joins(name, Count, (noise_multiplier,)):
+            self._require_attached().give(name, values)
+            return None
+        return self._release_alone(Count(name, 1.0), values, noise_multiplier)
+
+    @property
+    def released(self) -> dict[str, float]:
+        """Estimates of the plan's metrics as the last step released them, by name. They may be shown."""
+        return dict(self._require_attached().released)
+
+    def _joins(self, name: str, kind: type[Metric], given: tuple[float | None, ...]) -> bool:
+        """Whether ``name`` is a metric of the plan, released with every step."""
+        found = [metric for metric in self.plan.metrics if metric.name == name]
+        if found and (not isinstance(found[0], kind) or any(value is not None for value in given)):
+            raise InvalidArgument(
+                f"{name!r} is {found[0]} in the plan, which fixes its kind, range and noise; give its values only, or "
+                "release something else under another name."
+            )
+        return bool(found)
+
+    def _release_alone(self, metric: Mean | Count, values: Tensor, noise_multiplier: float | None) -> float:
+        attached = self._require_attached()
+        attached.refuse_failed()
+        if noise_multiplier is None:
+            raise InvalidArgument(
+                f"{metric.name!r} is no metric of the plan, so it is a release of its own: give noise_multiplier=."
+            )
+        if not isinstance(values, Tensor) or values.shape != (attached.population,):
+            # Without the number of units, which the add/remove relation hides.
+            raise InvalidArgument(
+                f"the values of {metric.name!r} have shape {tuple(getattr(values, 'shape', ()))}; a release of its own "
+                "takes one value for each unit of the data set. For the units of a batch, name it in metrics= of the "
+                "plan."
+            )
+        if attached.charged == 0:
+            raise OutOfOrder(
+                f"{metric.name!r} cannot be released before the first step of the run: it would use up budget that the "
+                "run was promised. Release it after the first step."
+            )
+        mechanism, plan = Gaussian(noise_multiplier), self.plan
+        beside = attached.record.plan_id
+        record = query_record(plan, metric, mechanism, beside=beside, certified=self._run_key.certified)
+        total = metric.contributions(values).sum(dtype=torch.float64)[None]
+        query = Query({"answer": total}, {"answer": 0}, {0: plan.sensitivity_of(metric.question(), whole=True)})
+        # Charge before release, as in a step.
+        key = self._run_key.query_key(self.ledger.charge(record, record.event))
+        released, _ = mechanism.release(ClippedSum((query,)), (), key)
+        estimate = metric.estimate(float(released.value["answer"][0]), plan.num_examples)
+        attached.beside = (*attached.beside, record)
+        attached.tell({metric.name: estimate})
+        return estimate
 
     # -- what was spent -----------------------------------------------------------------------------------------------
 
@@ -434,8 +575,12 @@ class PrivacyEngine:
         return self._ledger
 
     def epsilon(self) -> accounting.Bound:
-        """ε of all steps that were charged for this run so far, redone ones included, at the plan's δ."""
-        return self.plan.epsilon(self._require_attached().charged)
+        """ε of all that was charged for this run so far: its steps, redone ones included, at the plan's δ.
+
+        With releases of their own (:meth:`release_mean`) it is the sum with theirs, and holds at the sum of their δ, as
+        :meth:`statement` says.
+        """
+        return self._require_attached().spent()[0]
 
     def statement(self) -> Statement:
         """What may be claimed for everything that the ledger has paid for."""
@@ -585,11 +730,11 @@ class PrivacyEngine:
                 "this engine is attached already; a second model takes a second PrivacyEngine (ledger= lets both share "
                 "one budget)."
             )
-        # The cost of truncation is proved for data sets of at most N examples (accounting.truncated).
-        if isinstance(plan.sampler, TruncatedPoisson) and len(loading.dataset) > plan.num_examples:
+        plan.sampler.check(len(loading.dataset), plan.num_examples)
+        if unit_of(loading.dataset) not in (None, plan.unit):
             raise InvalidArgument(
-                f"num_examples is {plan.num_examples}, but the data set is larger; with truncated Poisson sampling "
-                "(max_physical_batch_size) it must be an upper bound of the size."
+                f"unit is {plan.unit!r}, and the items of the data set are users: what is protected is one user. Say "
+                'unit="user".'
             )
         if len(loading.dataset) > LARGEST_EXCESS * plan.num_examples:
             raise InvalidArgument(
@@ -600,9 +745,10 @@ class PrivacyEngine:
         refuse_model(model)
         parameters = trainable(model)
         refuse_optimizer(optimizer, parameters)
-        bounds = plan.clip.bounds(plan.clip.init(plan.clip.groups(parameters)))
+        setting = plan.setting(parameters)
+        plan.noise_shares(plan.questions(setting))
         record = plan_record(
-            plan, bounds=bounds, certified=self._run_key.certified, caveats=caveats, target_epsilon=target_epsilon
+            plan, setting=setting, certified=self._run_key.certified, caveats=caveats, target_epsilon=target_epsilon
         )
         if self._checkpoint is not None:
             record = continued(self._checkpoint.manifest.plan, record)
@@ -633,9 +779,12 @@ class PrivacyEngine:
                 record=record,
                 run_key=self._run_key,
                 microbatches=microbatches,
+                population=len(loading.dataset),
                 callbacks=self._callbacks,
                 lock=lock,
             )
+            if self._run_key.certified:
+                self._run_key.seed_torch()
             if self._checkpoint is not None:
                 attached.resume(self._checkpoint)
                 attached.unrestored = _names_of_users(self._checkpoint)
@@ -701,6 +850,16 @@ class PrivacyEngine:
                 f"({self._budget}) afterwards. Leave budget= out."
             )
         return self._ledger
+
+
+def _refuse_other_batch_size(sampler: Sampler, batch_size: int, num_examples: int) -> None:
+    """Refuse a sampler whose batches are not those that the loader was made for."""
+    if not math.isclose(sampler.sample_rate * num_examples, min(batch_size, num_examples), rel_tol=1e-9):
+        raise InvalidArgument(
+            f"{sampler} draws {sampler.sample_rate * num_examples:.6g} of {num_examples} units on average, and the "
+            f"DataLoader's batch_size is {batch_size}; make both the same: passes and learning rates are counted in "
+            "batches of the loader."
+        )
 
 
 def _names_of_users(checkpoint: Checkpoint) -> frozenset[str]:

@@ -15,11 +15,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, default_collate
 
 from dpkit.errors import DataError, InvalidArgument, UnsupportedLoader
 from dpkit.mechanisms import RunKey
-from dpkit.sampling import Sampler, TruncatedPoisson
+from dpkit.sampling import Sampler
 
 from .batch import Batch, blank, check_rows, pad, tensors
 from .plan import check_count
@@ -34,12 +35,16 @@ class Draw:
       real: how many of them, from the first on, are units of the data set. Private.
       microbatch: position within the logical batch, from 0.
       microbatches: how many microbatches every logical batch has. Public.
+      step: the number of the logical step for which it was drawn, from 0. Public.
+      mark: of the pass to which it belongs.
     """
 
     rows: int
     real: int
     microbatch: int
     microbatches: int
+    step: int = 0
+    mark: object = None
 
     @property
     def last(self) -> bool:
@@ -72,7 +77,13 @@ def microbatch_rows(max_physical_batch_size: int) -> int:
 
 
 class Draws:
-    """Batch sampler of one run: index lists, one per physical batch, each draw from fresh randomness."""
+    """Batch sampler of one run: index lists, one per physical batch, each draw from fresh randomness.
+
+    Attributes:
+      logical_steps: of the pass that is about to begin.
+      first_step: the number of its first step, as the ledger counts: batches that were drawn and never charged, ahead
+        of time or before a crash, are drawn again for the same place in the order.
+    """
 
     def __init__(self, sampler: Sampler, population: int, run_key: RunKey, microbatch_size: int | None) -> None:
         self._sampler = sampler
@@ -80,21 +91,27 @@ class Draws:
         self._run_key = run_key
         self._size = microbatch_size
         self._drawn = 0
-        self.logical_steps = 0  # of the pass that is about to begin
+        self._arranged: Tensor | None = None
+        self.logical_steps = 0
+        self.first_step = 0
         if microbatch_size is None:
             self.microbatches = 1
-        elif isinstance(sampler, TruncatedPoisson):
+        elif sampler.cap is not None:
             self.microbatches = math.ceil(sampler.cap / microbatch_size)
         else:
             raise InvalidArgument(
                 f"max_physical_batch_size cuts batches into a public number of microbatches, and {sampler} has no "
-                "largest batch; use dpkit.TruncatedPoisson(sample_rate, cap)."
+                "largest batch; use dpkit.TruncatedPoisson(sample_rate, cap), or the functional form (engine.attach), "
+                "which cuts batches of any sampler inside the step."
             )
 
     def __iter__(self) -> Iterator[list[int]]:
-        for _ in range(self.logical_steps):
-            units = self._sampler.draw(self._population, self._run_key.sampling(self._drawn)).tolist()
+        if self._drawn == 0:
+            self._arranged = self._sampler.arrange(self._population, self._run_key.arrangement())
+        for step in range(self.first_step, self.first_step + self.logical_steps):
+            generator = self._run_key.sampling(self._drawn)
             self._drawn += 1
+            units = self._sampler.draw(self._population, generator, step=step, arranged=self._arranged).tolist()
             if self._size is None:
                 yield units
             else:
@@ -236,7 +253,8 @@ class PrivateLoader:
       draws: which rows.
       template: structure of a batch.
       microbatch_size: rows of every physical batch, or None for whatever was drawn.
-      begin_pass: called with a mark of the pass when it begins; returns its public number of logical steps.
+      begin_pass: called with a mark of the pass when it begins; returns its public number of logical steps, and the
+        number of its first one.
       end_pass: called with the mark when the pass ends, at its last step or because the loop was left.
       announce: called with the :class:`Draw` just before its batch is handed out.
     """
@@ -249,7 +267,7 @@ class PrivateLoader:
         *,
         microbatch_size: int | None,
         steps_per_pass: int,
-        begin_pass: Callable[[object], int],
+        begin_pass: Callable[[object], tuple[int, int]],
         end_pass: Callable[[object], None],
         announce: Callable[[Draw], None],
     ) -> None:
@@ -272,11 +290,13 @@ class PrivateLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         mark = object()
-        self._draws.logical_steps = self._begin_pass(mark)
+        self._draws.logical_steps, first = self._begin_pass(mark)
+        self._draws.first_step = first
         microbatches = self._draws.microbatches
         try:
             for number, (batch, rows, real) in enumerate(self._inner):
-                self._announce(Draw(rows, real, number % microbatches, microbatches))
+                step, microbatch = divmod(number, microbatches)
+                self._announce(Draw(rows, real, microbatch, microbatches, first + step, mark))
                 yield batch
         finally:
             self._end_pass(mark)

@@ -7,19 +7,28 @@ plan.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+from torch import Tensor
 
 import accounting
 from accounting import Relation
-from dpkit.clipping import ClipRule
+from dpkit.clipping import ClipRule, Setting
 from dpkit.errors import InvalidArgument
 from dpkit.filters import Filter
 from dpkit.gradients import ROUNDING_CHAIN
 from dpkit.mechanisms import Mechanism
+from dpkit.metrics import Metric
 from dpkit.sampling import Sampler
+from dpkit.types import Participation, Question
 
 LARGEST_EXCESS = 2
 """How many times the public N the data set may hold: a wrong N must not undo the rounding bound."""
+
+LEAST_GRADIENT_SHARE = 0.01
+"""Of a release's precision: below it, side questions would multiply the gradient's noise by more than ten."""
 
 _UNIT_ROUNDOFF = 2.0**-24  # of float32, in which clipped sums are formed and kept
 
@@ -36,6 +45,7 @@ class Plan:
       num_examples: N, a public number of units. Only its product with q divides anything.
       delta: δ of the guarantee, in (0, 1).
       filters: post-processing of the released gradient, applied in order.
+      metrics: numbers of each batch that are released beside the gradient, in the same event.
       unit: what one row of the data set stands for.
       relation: which data sets are neighbours.
     Raises:
@@ -49,6 +59,7 @@ class Plan:
     num_examples: int
     delta: float
     filters: tuple[Filter, ...] = ()
+    metrics: tuple[Metric, ...] = ()
     unit: str = "example"
     relation: Relation = Relation.ADD_REMOVE
 
@@ -67,6 +78,18 @@ class Plan:
         check_number("delta", self.delta)
         if not 0 < self.delta < 1:
             raise InvalidArgument(f"delta is {self.delta}; it is a probability in (0, 1), well below 1/N.")
+        for kind, protocol in (("sampler", Sampler), ("clip", ClipRule), ("mechanism", Mechanism)):
+            check_member(kind, getattr(self, kind), protocol)
+        for kind, protocol in (("filters", Filter), ("metrics", Metric)):
+            members = getattr(self, kind)
+            if not isinstance(members, (tuple, list)):
+                raise InvalidArgument(f"{kind} is {members!r}; give a tuple of them, ({members!r},) for one.")
+            for member in members:
+                check_member(kind, member, protocol)
+            object.__setattr__(self, kind, tuple(members))
+        names = [metric.name for metric in self.metrics]
+        if len(set(names)) != len(names):
+            raise InvalidArgument(f"the metrics are called {', '.join(names)}; each needs a name of its own.")
 
     @property
     def expected_batch(self) -> float:
@@ -74,9 +97,82 @@ class Plan:
         return self.sampler.sample_rate * self.num_examples
 
     @property
+    def participation(self) -> Participation:
+        """In which steps one unit may take part."""
+        return self.sampler.participation(self.steps, self.num_examples)
+
+    @property
     def event(self) -> accounting.Event:
-        """The event of one step."""
-        return self.sampler.event(self.mechanism.event(), self.num_examples)
+        """The event of :attr:`steps_per_event` consecutive steps."""
+        event = self.mechanism.event(self.participation)
+        # Correlated noise over batches in a fixed order is one event for the whole run, and nothing is drawn around it.
+        return event if _is_whole_run(event) else self.sampler.event(event, self.num_examples)
+
+    @property
+    def steps_per_event(self) -> int:
+        """How many steps, from the first on, one event covers; an event that was begun counts in full."""
+        if _is_whole_run(self.mechanism.event(self.participation)):
+            return self.steps
+        return min(self.steps, self.sampler.steps_per_event(self.num_examples))
+
+    def setting(self, parameters: Mapping[str, Tensor]) -> Setting:
+        """What the clipping rule may know of the model and the plan."""
+        sizes: dict[int, int] = {}
+        for name, group in zip(parameters, self.clip.groups(parameters), strict=True):
+            sizes[group] = sizes.get(group, 0) + parameters[name].numel()
+        return Setting(tuple(size for _, size in sorted(sizes.items())), self.expected_batch)
+
+    def questions(self, setting: Setting) -> tuple[Question, ...]:
+        """All that is asked of every batch beside the gradient: by the rule, then by the metrics."""
+        return (*self.clip.questions(setting), *(metric.question() for metric in self.metrics))
+
+    def noise_shares(self, questions: Sequence[Question]) -> list[float]:
+        """The part of the release's precision that the gradient has, and those that the questions have.
+
+        A question with sensitivity Δ and noise of standard deviation std takes (scale·Δ/std)² of it, where scale is the
+        standard deviation of the mechanism's noise per unit of sensitivity; what is left is the gradient's.
+
+        Raises:
+          InvalidArgument: the questions have so little noise that hardly anything is left for the gradient, or a
+            number that is no noise.
+        """
+        scale = self.mechanism.scale(self.participation)
+        shares = [(scale * self.sensitivity_of(question) / question.noise_std) ** 2 for question in questions]
+        for question, share in zip(questions, shares, strict=True):
+            if not (
+                math.isfinite(share) and share > 0 and math.isfinite(question.noise_std) and question.noise_std > 0
+            ):
+                raise InvalidArgument(
+                    f"{question} is asked beside the gradient; its bound and noise_std must be positive numbers of "
+                    "ordinary size, or no noise could be made for it."
+                )
+        left = 1 - math.fsum(shares)
+        if left < LEAST_GRADIENT_SHARE:
+            asked = ", ".join(
+                f"{question.noise_std:g} (sensitivity {self.sensitivity_of(question):g}; far above "
+                f"{scale * self.sensitivity_of(question):g} is needed)"
+                for question in questions
+            )
+            raise InvalidArgument(
+                f"noise_std of what is asked beside the gradient is {asked}, which leaves no precision for the "
+                f"gradient at noise multiplier {self.mechanism.noise_multiplier:g}: queries on one batch share one "
+                "event. Raise noise_std of the clipping rule or of the metrics; at three times that number the "
+                "gradient's noise grows by 6 percent."
+            )
+        return [left, *shares]
+
+    def sensitivity_of(self, question: Question, *, whole: bool = False) -> float:
+        """L2 sensitivity of the sum of the answers, which is formed in float64.
+
+        Each of two neighbouring sums of at most n vectors is off by at most (n + 8)·u·n times their bound, u = 2^-53
+        (Higham 2002, section 4.2).
+
+        Args:
+          whole: whether the sum is over the whole data set, and not over a batch.
+        """
+        most = LARGEST_EXCESS * self.num_examples
+        n = most if whole else self.sampler.largest_batch(most)
+        return question.bound * (self._moved + 2.0**-40 + 2 * (n + 8) * (n + 1) * 2.0**-53)
 
     def sensitivities(self, bounds: list[float], additions: int) -> dict[int, float]:
         """Group -> L2 sensitivity of the clipped sum as it is computed, rounding included.
@@ -93,14 +189,40 @@ class Plan:
         """
         # The engine refuses data sets of more than LARGEST_EXCESS times N examples, so this is a bound for them all.
         largest = self.sampler.largest_batch(LARGEST_EXCESS * self.num_examples)
-        moved = 2.0 if self.relation == Relation.REPLACE_ONE else 1.0
         rounding = 2 * (ROUNDING_CHAIN + additions + 8) * _UNIT_ROUNDOFF * largest
-        return {group: bound * (moved + rounding) for group, bound in enumerate(bounds)}
+        return {group: bound * (self._moved + rounding) for group, bound in enumerate(bounds)}
 
     def epsilon(self, steps: int | None = None) -> accounting.Bound:
         """ε after ``steps`` steps (all planned ones when left out) at the plan's δ."""
-        event = accounting.Repeated(event=self.event, count=self.steps if steps is None else steps)
+        event = self.event_of(self.steps if steps is None else steps)
         return accounting.epsilon(event, self.delta, relation=self.relation)
+
+    def event_of(self, steps: int) -> accounting.Event:
+        """What the first ``steps`` steps do together."""
+        return accounting.Repeated(event=self.event, count=-(-steps // self.steps_per_event))
+
+    @property
+    def _moved(self) -> float:
+        """Contributions of one unit that neighbours differ by."""
+        return 2.0 if self.relation == Relation.REPLACE_ONE else 1.0
+
+
+def check_member(kind: str, member: object, protocol: type) -> None:
+    """Refuse an object that lacks a part of its protocol, before anything is charged.
+
+    Raises:
+      InvalidArgument: naming what is missing.
+    """
+    names = {name for part in protocol.__mro__ for name in (*vars(part), *getattr(part, "__annotations__", ()))}
+    missing = sorted(name for name in names if not name.startswith("_") and not hasattr(member, name))
+    if missing:
+        raise InvalidArgument(
+            f"{kind} is {member!r}, which has no {', '.join(missing)}; dpkit's {protocol.__name__} says what it takes."
+        )
+
+
+def _is_whole_run(event: accounting.Event) -> bool:
+    return isinstance(event, accounting.MatrixMechanism)
 
 
 def check_count(name: str, value: object) -> None:

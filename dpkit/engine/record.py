@@ -6,45 +6,46 @@ import math
 
 import torch
 
+import accounting
 from accounting import PlanRecord
 from accounting.records import Fact
+from dpkit.clipping import Setting
 from dpkit.errors import CheckpointError
+from dpkit.filters import FilterOf
+from dpkit.mechanisms import Gaussian
+from dpkit.metrics import ClippedCount, Metric
 from dpkit.version import __version__
 
 from .plan import Plan
 
-_GUARANTEE = ("event", "steps", "delta", "relation", "unit", "num_examples")
+_GUARANTEE = ("event", "steps_per_event", "steps", "delta", "relation", "unit", "num_examples")
 # What may differ when a run goes on: it is another process, and perhaps another machine.
-_OF_THE_PROCESS = ("certified", "certified_reason", "noise_generator", "torch_version", "dpkit_version")
+_MAY_DIFFER = ("certified", "certified_reason", "noise_generator", "torch_version", "dpkit_version")
 
 
 def plan_record(
-    plan: Plan, *, bounds: list[float], certified: bool, caveats: list[str], target_epsilon: float | None
+    plan: Plan, *, setting: Setting, certified: bool, caveats: list[str], target_epsilon: float | None
 ) -> PlanRecord:
     """What the ledger keeps of the plan, for the guarantee and for the statement.
 
     Args:
-      bounds: clipping norm of each group of the model's parameters.
+      setting: of the plan with the model's parameters.
     """
+    bound = math.hypot(*plan.clip.bounds(plan.clip.init(setting)))
+    learns = bool(plan.clip.questions(setting))
     facts: dict[str, Fact] = {
         "clipping": _words(plan.clip),
-        "max_grad_norm": math.hypot(*bounds),
+        "max_grad_norm": f"{bound:.6g} at the start, then as the rule learns" if learns else bound,
         "sampler": _words(plan.sampler),
         "expected_batch_size": plan.expected_batch,
         "mechanism": _words(plan.mechanism),
-        "filters": [f"{filter_.update.__module__}.{filter_.update.__qualname__}" for filter_ in plan.filters],
+        "filters": [_filter_words(filter_) for filter_ in plan.filters],
         "target_epsilon": target_epsilon,
-        "noise_generator": (
-            "torch, seeded with 256 bits by the operating system; not cryptographic"
-            if certified
-            else "torch, seeded by the user; whoever knows the seed can repeat it; not cryptographic"
-        ),
-        "certified": certified,
-        "certified_reason": None if certified else "seeded: whoever knows the seed can remove the noise",
-        "caveats": caveats,
-        "torch_version": str(torch.__version__),
-        "dpkit_version": __version__,
+        **_of_the_process(certified),
+        "caveats": [*caveats, *_assumed(plan)],
     }
+    if plan.metrics:
+        facts["metrics"] = [_words(metric) for metric in plan.metrics]
     return PlanRecord(
         event=plan.event,
         steps=plan.steps,
@@ -53,7 +54,61 @@ def plan_record(
         unit=plan.unit,
         num_examples=plan.num_examples,
         facts=facts,
+        steps_per_event=plan.steps_per_event,
     )
+
+
+def _assumed(plan: Plan) -> list[str]:
+    """What the loop says of each unit, and nobody can check."""
+    given = ["label"] if plan.clip.needs_labels else []
+    given += [f"value for {metric.name!r}" for metric in plan.metrics if not isinstance(metric, ClippedCount)]
+    return [f"Assumed: the {what} of each {plan.unit} depends on that {plan.unit} alone." for what in given]
+
+
+def query_record(plan: Plan, metric: Metric, mechanism: Gaussian, *, beside: str, certified: bool) -> PlanRecord:
+    """What the ledger keeps of a number over the whole data set that is released beside the steps of ``plan``.
+
+    Args:
+      beside: the id of the plan.
+    """
+    return PlanRecord(
+        event=accounting.Gaussian(noise_multiplier=mechanism.noise_multiplier),
+        steps=1,
+        delta=plan.delta,
+        relation=plan.relation,
+        unit=plan.unit,
+        num_examples=plan.num_examples,
+        facts={
+            "release": f"{metric.name!r}, over the whole data set",
+            "beside": beside,
+            "mechanism": _words(mechanism),
+            **_of_the_process(certified),
+            "caveats": [
+                f"Assumed: the value of each {plan.unit} for {metric.name!r} depends on that {plan.unit} alone."
+            ],
+        },
+    )
+
+
+def _of_the_process(certified: bool) -> dict[str, Fact]:
+    return {
+        "noise_generator": (
+            "torch, seeded with 256 bits by the operating system; not cryptographic"
+            if certified
+            else "torch, seeded by the user; whoever knows the seed can repeat it; not cryptographic"
+        ),
+        "certified": certified,
+        "certified_reason": None if certified else "seeded: whoever knows the seed can remove the noise",
+        "torch_version": str(torch.__version__),
+        "dpkit_version": __version__,
+    }
+
+
+def _filter_words(filter_: object) -> str:
+    """A filter with its settings; one that was made of functions, by the name of the function."""
+    if isinstance(filter_, FilterOf):
+        return f"{filter_.update.__module__}.{filter_.update.__qualname__}"
+    return _words(filter_)
 
 
 def _words(part: object) -> str:
@@ -76,7 +131,7 @@ def continued(saved: PlanRecord, now: PlanRecord) -> PlanRecord:
     differences += [
         f"{name} was {saved.facts.get(name)!r} and is {now.facts.get(name)!r}"
         for name in sorted(saved.facts.keys() | now.facts.keys())
-        if name not in _OF_THE_PROCESS and saved.facts.get(name) != now.facts.get(name)
+        if name not in _MAY_DIFFER and saved.facts.get(name) != now.facts.get(name)
     ]
     if differences:
         raise CheckpointError(

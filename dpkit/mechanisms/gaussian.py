@@ -1,7 +1,8 @@
 """The Gaussian mechanism: independent normal noise on every coordinate, fresh at every release.
 
-Guarantee: let Δ_{j,k} be the sensitivity of query j in group k, K_j its number of groups and s_j its noise share. The
-noise on that group has standard deviation z·Δ_{j,k}·√(K_j/s_j), so that over the whole release
+Guarantee: let Δ_{j,k} be the sensitivity of query j in group k, s_j its noise share and γ_{j,k} how its noise is spread
+over its groups. The noise on that group has standard deviation z·γ_{j,k}·√(Σ_i Δ_{j,i}²/γ_{j,i}²)/√s_j, so that over
+the whole release
 
     Σ_j Σ_k (Δ_{j,k} / std_{j,k})² = Σ_j s_j / z² = 1 / z²,
 
@@ -21,7 +22,7 @@ from torch import Tensor
 
 import accounting
 from dpkit.errors import InvalidArgument
-from dpkit.types import ClippedSum, Named, Query, Released
+from dpkit.types import ClippedSum, Named, Participation, Query, Released
 
 from .keys import NoiseKey
 
@@ -50,33 +51,63 @@ class Gaussian:
                 "no epsilon holds. `accounting.calibrate_noise_multiplier` finds one for a target epsilon."
             )
 
-    def init(self, parameters: Named) -> tuple[()]:
+    def init(self, parameters: Named, participation: Participation) -> tuple[()]:
         return ()
 
-    def event(self) -> accounting.Event:
+    def scale(self, participation: Participation) -> float:
+        return self.noise_multiplier
+
+    def event(self, participation: Participation) -> accounting.Event:
         return accounting.Gaussian(noise_multiplier=self.noise_multiplier)
 
     def release(self, clipped: ClippedSum, state: tuple[()], key: NoiseKey) -> tuple[Released, tuple[()]]:
-        shares = sum(query.noise_share for query in clipped.queries)
-        if any(query.noise_share <= 0 for query in clipped.queries) or abs(shares - 1.0) > _SHARE_TOLERANCE:
-            raise InvalidArgument(
-                f"the noise shares of the queries on one batch add up to {shares}, not to 1: the release would cost "
-                "more than the event says."
+        check_shares(clipped)
+        noisy: list[Named] = []
+        for number, query in enumerate(clipped.queries):
+            stds = self.standard_deviations(query)
+            noisy.append(
+                {
+                    name: _add_noise(value, stds[query.groups[name]], key.generator(number, name, device=value.device))
+                    for name, value in query.value.items()
+                }
             )
-        gradient, *side = (self._noisy(query, number, key) for number, query in enumerate(clipped.queries))
-        return Released(gradient, tuple(side)), state
+        return released_as(clipped, noisy, self.standard_deviations(clipped.queries[0])), state
 
     def standard_deviations(self, query: Query) -> dict[int, float]:
         """Group -> standard deviation of the noise on each coordinate of that group, in the units of the sum."""
-        scale = self.noise_multiplier * math.sqrt(len(query.sensitivity) / query.noise_share)
-        return {group: scale * sensitivity for group, sensitivity in query.sensitivity.items()}
+        return standard_deviations(query, self.noise_multiplier)
 
-    def _noisy(self, query: Query, number: int, key: NoiseKey) -> Named:
-        stds = self.standard_deviations(query)
-        return {
-            name: _add_noise(value, stds[query.groups[name]], key.generator(number, name, device=value.device))
-            for name, value in query.value.items()
-        }
+
+def standard_deviations(query: Query, scale: float) -> dict[int, float]:
+    """Group -> ``scale``·γ_k·√(Σ_j Δ_j²/γ_j²)/√share, with γ the query's spread; see the module."""
+    spread = query.sensitivity if query.spread is None else query.spread
+    joint = math.hypot(*(sensitivity / spread[group] for group, sensitivity in query.sensitivity.items()))
+    return {group: scale * spread[group] * joint / math.sqrt(query.noise_share) for group in query.sensitivity}
+
+
+def check_shares(clipped: ClippedSum) -> None:
+    """Refuse queries that would together cost more than the event says.
+
+    Raises:
+      InvalidArgument: their noise shares are not positive or do not add up to 1.
+    """
+    shares = sum(query.noise_share for query in clipped.queries)
+    if any(query.noise_share <= 0 for query in clipped.queries) or abs(shares - 1.0) > _SHARE_TOLERANCE:
+        raise InvalidArgument(
+            f"the noise shares of the queries on one batch add up to {shares}, not to 1: the release would cost "
+            "more than the event says."
+        )
+
+
+def released_as(clipped: ClippedSum, noisy: list[Named], gradient_stds: dict[int, float]) -> Released:
+    """The noisy queries as what is released: the gradient first, then the side questions."""
+    gradient, *side = noisy
+    groups = clipped.queries[0].groups
+    return Released(
+        gradient,
+        tuple(next(iter(answer.values())) for answer in side),
+        {name: gradient_stds[groups[name]] for name in gradient},
+    )
 
 
 def _add_noise(value: Tensor, std: float, generator: torch.Generator) -> Tensor:

@@ -123,6 +123,33 @@ class RunKey:
         self._refuse_other_process()
         return generator_from(_expand(self._secret, "sampling", draw))
 
+    def seed_torch(self) -> None:
+        """Give torch's own generators, which dropout and augmentations draw from, a state that nobody knows.
+
+        What they draw for one unit depends on how many others came before it. Whoever knew their state would see a
+        unit's absence in what all others were masked with, beyond what the noise covers.
+        """
+        self._refuse_other_process()
+        torch.set_rng_state(generator_from(_expand(self._secret, "torch")).get_state())
+        if torch.cuda.is_available():
+            torch.cuda.manual_seed_all(int.from_bytes(_expand(self._secret, "torch", "cuda")[:8], "little") >> 1)
+
+    def arrangement(self) -> torch.Generator:
+        """The CPU generator of what is drawn once for the whole run, such as the groups of the units."""
+        self._refuse_other_process()
+        return generator_from(_expand(self._secret, "arrangement"))
+
+    def query_key(self, receipt: Receipt) -> NoiseKey:
+        """The key of a release beside the run's plan, which has a plan of its own in the ledger.
+
+        Raises:
+          accounting.LedgerError: when the receipt was already used.
+        """
+        self._refuse_other_process()
+        receipt.consume()
+        self._releases += 1
+        return NoiseKey(_expand(self._secret, "query", self._releases))
+
     def noise_key(self, receipt: Receipt) -> NoiseKey:
         """The key of the release that ``receipt`` has paid for.
 

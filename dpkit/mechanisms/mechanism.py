@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from accounting import Event
-from dpkit.types import ClippedSum, Named, Released
+from dpkit.types import ClippedSum, Named, Participation, Released
 
 from .keys import NoiseKey
 
@@ -19,16 +19,29 @@ State = Any
 
 
 class Mechanism(Protocol):
-    """Adds noise to the queries on one batch, as one joint event."""
+    """Adds noise to the queries on one batch, as one joint event.
 
-    def init(self, parameters: Named) -> State:
-        """The state before the first release; ``parameters`` gives names and shapes."""
+    Attributes:
+      noise_multiplier: z = standard deviation / L2 sensitivity of the one Gaussian release that a step (or, with
+        correlated noise, the run) amounts to.
+    """
+
+    @property
+    def noise_multiplier(self) -> float: ...
+
+    def init(self, parameters: Named, participation: Participation) -> State:
+        """The state before the first release; ``parameters`` gives names and shapes. () says that there is none."""
+        ...
+
+    def scale(self, participation: Participation) -> float:
+        """Standard deviation of the noise that is drawn in a step, per unit of L2 sensitivity of the step's sum."""
         ...
 
     def release(self, clipped: ClippedSum, state: State, key: NoiseKey) -> tuple[Released, State]:
         """Noisy sums, in the units of the sums: nothing is divided here."""
         ...
 
-    def event(self) -> Event:
-        """What one release costs when the whole data set takes part; samplers wrap it."""
+    def event(self, participation: Participation) -> Event:
+        """What one release costs when the whole data set takes part, which samplers wrap; or, as
+        ``accounting.MatrixMechanism``, what the whole run costs."""
         ...

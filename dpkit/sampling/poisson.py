@@ -1,45 +1,22 @@
-"""Samplers: which units take part in a step, and which event that makes of the mechanism's.
+"""Poisson sampling: each unit takes part in a step by an independent draw of its own.
 
-Guarantee: a sampler draws from the generator it is given and from the size of the population alone, includes each unit
-at most once, and states the event of exactly that draw. The realised size is private; only ``sample_rate`` and
-``expected_batch`` may divide anything.
-
-Sources: Poisson sampling: Mironov, Talwar and Zhang 2019, https://arxiv.org/abs/1908.10530. Truncation: the proof
-stands in ``accounting.truncated``.
+Sources: Mironov, Talwar and Zhang 2019, https://arxiv.org/abs/1908.10530. Truncation: the proof stands in
+``accounting.truncated``.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 import accounting
 from dpkit.errors import InvalidArgument
+from dpkit.types import Participation
 
-
-class Sampler(Protocol):
-    """Draws the units of one logical batch."""
-
-    @property
-    def sample_rate(self) -> float:
-        """Probability q that a given unit takes part in a step."""
-        ...
-
-    def draw(self, population: int, generator: torch.Generator) -> Tensor:
-        """Indices of the units that take part, each at most once."""
-        ...
-
-    def event(self, mechanism: accounting.Event, num_examples: int) -> accounting.Event:
-        """The event of one step: ``mechanism`` on such a draw."""
-        ...
-
-    def largest_batch(self, num_examples: int) -> int:
-        """A public size that a draw exceeds with probability below 1e-20 (never, where there is a cap)."""
-        ...
+from .sampler import check_rate, check_whole
 
 
 @dataclass(frozen=True)
@@ -55,15 +32,37 @@ class Poisson:
     sample_rate: float
 
     def __post_init__(self) -> None:
-        _check_rate(self.sample_rate)
+        check_rate(self.sample_rate)
 
-    def draw(self, population: int, generator: torch.Generator) -> Tensor:
+    @property
+    def cap(self) -> None:
+        return None
+
+    @property
+    def resumable(self) -> bool:
+        return True
+
+    def arrange(self, population: int, generator: torch.Generator) -> None:
+        return None
+
+    def draw(
+        self, population: int, generator: torch.Generator, *, step: int = 0, arranged: Tensor | None = None
+    ) -> Tensor:
         # 53-bit uniforms: the inclusion probability is q to within 1.2e-16.
         uniforms = torch.rand(population, generator=generator, dtype=torch.float64)
         return (uniforms < self.sample_rate).nonzero().flatten()
 
     def event(self, mechanism: accounting.Event, num_examples: int) -> accounting.Event:
         return accounting.Poisson(sample_rate=self.sample_rate, event=mechanism)
+
+    def steps_per_event(self, num_examples: int) -> int:
+        return 1
+
+    def participation(self, steps: int, num_examples: int) -> Participation:
+        return Participation(steps, min_separation=1, max_participations=steps, sampled=True)
+
+    def check(self, population: int, num_examples: int) -> None:
+        """Any data set will do."""
 
     def largest_batch(self, num_examples: int) -> int:
         # Bernstein: P(X > B + t) <= exp(-t²/(2(B + t/3))); t = 10√B + 50 makes the exponent at least 48 for every B.
@@ -89,18 +88,24 @@ class TruncatedPoisson:
     cap: int
 
     def __post_init__(self) -> None:
-        _check_rate(self.sample_rate)
-        if isinstance(self.cap, bool) or not isinstance(self.cap, int):
-            raise InvalidArgument(f"cap is {self.cap!r}; it must be a whole number.")
-        if self.cap < 1:
-            raise InvalidArgument(f"cap is {self.cap}; a batch must have room for at least one unit.")
+        check_rate(self.sample_rate)
+        check_whole("cap", self.cap)
 
     @staticmethod
     def cap_for(expected_batch: float) -> int:
         """B + 6√B, rounded up: truncation at six standard deviations costs nothing that can be seen in ε."""
         return math.ceil(expected_batch + 6 * math.sqrt(expected_batch))
 
-    def draw(self, population: int, generator: torch.Generator) -> Tensor:
+    @property
+    def resumable(self) -> bool:
+        return True
+
+    def arrange(self, population: int, generator: torch.Generator) -> None:
+        return None
+
+    def draw(
+        self, population: int, generator: torch.Generator, *, step: int = 0, arranged: Tensor | None = None
+    ) -> Tensor:
         units = Poisson(self.sample_rate).draw(population, generator)
         if len(units) <= self.cap:
             return units
@@ -111,13 +116,19 @@ class TruncatedPoisson:
             sample_rate=self.sample_rate, cap=self.cap, max_examples=num_examples, event=mechanism
         )
 
+    def steps_per_event(self, num_examples: int) -> int:
+        return 1
+
+    def participation(self, steps: int, num_examples: int) -> Participation:
+        return Participation(steps, min_separation=1, max_participations=steps, sampled=True)
+
+    def check(self, population: int, num_examples: int) -> None:
+        # The cost of truncation is proved for data sets of at most N examples (accounting.truncated).
+        if population > num_examples:
+            raise InvalidArgument(
+                f"num_examples is {num_examples}, but the data set is larger; with truncated Poisson sampling "
+                "(max_physical_batch_size) it must be an upper bound of the size."
+            )
+
     def largest_batch(self, num_examples: int) -> int:
         return self.cap
-
-
-def _check_rate(sample_rate: float) -> None:
-    if isinstance(sample_rate, bool) or not isinstance(sample_rate, (int, float)) or not 0 < sample_rate <= 1:
-        raise InvalidArgument(
-            f"sample_rate is {sample_rate!r}; it is a probability in (0, 1], usually expected batch size / "
-            f"num_examples."
-        )
