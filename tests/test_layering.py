@@ -27,6 +27,7 @@ LAYERS = (
         "dpkit.mechanisms",
         "dpkit.filters",
         "dpkit.sampling",
+        "dpkit.metrics",
         "dpkit.distributed",
         "dpkit.optim",
     ),

@@ -284,7 +284,7 @@ def test_filters_see_each_release_once(tmp_path: Path) -> None:
         calls.append(released)
         return released._replace(value={n: torch.zeros_like(v) for n, v in released.value.items()}), state + 1
 
-    still = dpkit.filters.Filter(init=lambda parameters: 0, update=update)
+    still = dpkit.filters.FilterOf(init=lambda parameters: 0, update=update)
     engine, model, optimizer, loader = attach(tmp_path, filters=(still,))
     before = [p.detach().clone() for p in model.parameters()]
     train(engine, model, optimizer, loader, epochs=2)

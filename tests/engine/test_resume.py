@@ -17,7 +17,7 @@ import dpkit
 from accounting import Ledger
 from dpkit.engine import PrivacyEngine
 from dpkit.errors import CheckpointError, LedgerError, OutOfOrder, RunFolderError
-from dpkit.filters import Filter
+from dpkit.filters import FilterOf
 from dpkit.mechanisms import RunKey
 from dpkit.types import Released
 
@@ -135,7 +135,7 @@ class Momentum(NamedTuple):
     steps: int
 
 
-def momentum_filter() -> Filter:
+def momentum_filter() -> FilterOf:
     def start(parameters: dict[str, Tensor]) -> Momentum:
         return Momentum({name: torch.zeros_like(p, requires_grad=False) for name, p in parameters.items()}, 0)
 
@@ -143,7 +143,7 @@ def momentum_filter() -> Filter:
         velocity = {name: 0.9 * state.velocity[name] + value for name, value in released.value.items()}
         return released._replace(value=velocity), Momentum(velocity, state.steps + 1)
 
-    return Filter(start, update)
+    return FilterOf(start, update)
 
 
 def test_the_state_of_filters_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_noise: None):
@@ -476,6 +476,6 @@ def test_a_mechanism_that_remembers_noise_is_not_resumed(tmp_path: Path, monkeyp
     first = begin(tmp_path).train(2)
     first.save()
     first.leave()
-    monkeypatch.setattr(dpkit.Gaussian, "init", lambda self, parameters: {"noise": torch.zeros(3)})
+    monkeypatch.setattr(dpkit.Gaussian, "init", lambda self, parameters, participation: {"noise": torch.zeros(3)})
     with pytest.raises(CheckpointError, match="remembers noise"):
         resume(tmp_path)

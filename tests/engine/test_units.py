@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import dpkit
-from dpkit.clipping import Flat, PerLayer
+from dpkit.clipping import Flat, PerLayer, Setting
 from dpkit.engine.plan import Plan
 from dpkit.errors import InvalidArgument, LossShape, UncoveredParameter
 
@@ -45,7 +45,8 @@ def clipped_by_hand(model: nn.Module, x: Tensor, y: Tensor, rule: Any, rows: int
     """The clipped sum, one unit at a time."""
     parameters = dict(model.named_parameters())
     groups = dict(zip(parameters, rule.groups(parameters), strict=True))
-    bounds = rule.bounds(rule.init(list(groups.values())))
+    sizes = [sum(p.numel() for name, p in parameters.items() if groups[name] == g) for g in set(groups.values())]
+    bounds = rule.bounds(rule.init(Setting(tuple(sizes), 1.0)))
     total = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in parameters.items()}
     for one, label in zip(x.split(1), y, strict=True):
         inputs = augmented(one) if rows > 1 else one

@@ -50,7 +50,7 @@ def query(shape: tuple[int, ...] = (1000, 1000), *, share: float = 1.0, groups: 
 
 def draw(clipped: ClippedSum, key: NoiseKey, sigma: float = SIGMA) -> list[torch.Tensor]:
     released, _ = Gaussian(sigma).release(clipped, (), key)
-    return [*released.value.values(), *(t for named in released.queries for t in named.values())]
+    return [*released.value.values(), *released.queries]
 
 
 def test_the_standard_deviation_is_sigma_times_sensitivity_within_one_percent_on_a_million_draws() -> None:

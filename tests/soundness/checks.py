@@ -6,18 +6,20 @@ N  noise: what is added is normal, of the stated size, on every coordinate, fres
 A  sampling: who takes part is drawn as the ledger says.
 V  events: every release was charged before it was drawn, as what it was.
 
-The same functions run on the shipped build (``test_checks.py``) and on builds with a bug put in (``test_mutants.py``).
+The same functions run on the shipped build (``test_checks.py``, ``test_members.py``) and on builds with a bug put in
+(``test_mutants.py``).  The checks of this module go through sizes, types and models with the plainest members; those of
+``member_checks.py`` through all members.
 
 False alarms.  D and R are deterministic.  Every statistical comparison in N, A and V has a false-alarm probability of
 at most FALSE_ALARM = 1e-7, shared among its parts (Bonferroni) where it has several.  One run of all checks makes fewer
-than 150 of them, so that a correct build fails less than once in 60,000 runs with fresh seeds; the seeds are fixed, but
+than 500 of them, so that a correct build fails less than once in 20,000 runs with fresh seeds; the seeds are fixed, but
 for the one comparison of unseeded runs, where no alarm can be false.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -54,25 +56,31 @@ class Reach:
 
     Attributes:
       pairs: neighbouring pairs in which the record took part.
-      largest: the largest distance between their sums, in units of the clipping norm.
+      largest: the largest distance between their sums, in units of the clipping norm ``bound``.
+      cost: the largest cost of a pair, in units of what the release may cost: all queries and groups together.
       empty: pairs in which one of the batches was empty.
     """
 
     pairs: int = 0
     largest: float = 0.0
+    cost: float = 0.0
     empty: int = 0
 
 
 def compare_neighbours(setup: Setup, scenes: Film, folder: Path, reach: Reach | None = None) -> Reach:
     """Run both sides of a film with the same keys, and compare step by step.
 
-    For each pair: the sums that reach the mechanism differ by no more than the sensitivity that came with them, without
-    any tolerance, and are finite; what the optimizer sees is finite and differs by no more than sensitivity / (q N), to
-    within 1e-4 for the rounding of the released numbers (and the unit roundoff of a bfloat16 parameter's gradient).
+    For each pair: the sums that reach the mechanism, of the gradient in each group and of each side question, differ by
+    no more than the sensitivity that came with them, without any tolerance, and are finite; with the noise that the
+    shipped mechanism takes for them, all differences together cost no more than the event says; what the optimizer sees
+    is finite and differs by no more than sensitivity / (q N), to within 1e-4 for the rounding of the released numbers
+    (and the unit roundoff of a bfloat16 parameter's gradient).
     """
     reach = Reach() if reach is None else reach
     setup = setup.but(steps=len(scenes.said), lr=0.0)
-    left, right = run(setup, scenes.left, folder), run(setup, scenes.right, folder)
+    left = run(setup, scenes.left, folder)
+    # A rule that learns has to know the same on both sides: the right run is given what the left one released.
+    right = run(setup, scenes.right, folder, replay=left.released if setup.asks else None)
     for side in (left, right):
         if side.error is not None:
             raise Violation("D", f"a record ended the run with {side.error.__name__}: {side.message[:200]} ({setup})")
@@ -81,10 +89,10 @@ def compare_neighbours(setup: Setup, scenes: Film, folder: Path, reach: Reach | 
     rounding = 2.0**-8 if setup.dtype is torch.bfloat16 else 0.0
     for k, said in enumerate(scenes.said):
         where = f"{said}: {setup}"
-        if left.sensitivities[k] != right.sensitivities[k]:
+        if left.sensitivities[k] != right.sensitivities[k] or left.stds[k] != right.stds[k]:
             raise Violation("D", f"the noise is scaled to {left.sensitivities[k]} or {right.sensitivities[k]}, {where}")
         for side in (left, right):
-            if not finite(side.sums[k]):
+            if not all(finite(query.value) for query in side.clipped[k].queries):
                 raise Violation("D", f"the clipped sum is not finite, {where}")
             if not finite(side.inputs[k]):
                 raise Violation("D", f"the released gradient is not finite, {where}")
@@ -92,17 +100,37 @@ def compare_neighbours(setup: Setup, scenes: Film, folder: Path, reach: Reach | 
         moved = distance(left.sums[k], right.sums[k])
         if not moved <= sensitivity:
             raise Violation("D", f"the sums differ by {moved:.9g}, the noise covers {sensitivity:.9g}, {where}")
+        cost = _cost(left, right, k, where)
         limit = sensitivity / left.expected_batch * (1 + 1e-4)
         limit += rounding * (length(left.inputs[k]) + length(right.inputs[k]))
         seen = distance(left.inputs[k], right.inputs[k])
         if not seen <= limit:
             raise Violation("D", f"the optimizer's gradients differ by {seen:.9g}, allowed are {limit:.9g}, {where}")
-        took_part = left.asked[k] != right.asked[k] or setup.q == 1 or setup.public_n - 1 in left.asked[k]
-        if took_part:
+        took_part = left.asked[k] != right.asked[k] or setup.rate == 1 or setup.public_n - 1 in left.asked[k]
+        if took_part or moved > 0:
             reach.pairs += 1
             reach.largest = max(reach.largest, moved / setup.bound)
+            reach.cost = max(reach.cost, cost)
             reach.empty += not right.asked[k]
     return reach
+
+
+def _cost(left: Trace, right: Trace, step: int, where: str) -> float:
+    """What the differences of all queries cost together, in units of what the release may cost."""
+    squares = []
+    for number, query in enumerate(left.clipped[step].queries):
+        other = right.clipped[step].queries[number]
+        for group, covered in query.sensitivity.items():
+            names = [name for name, its_group in query.groups.items() if its_group == group]
+            moved = distance({name: query.value[name] for name in names}, other.value)
+            if not moved <= covered:
+                what = f"query {number} differs in group {group} by {moved:.9g}, the noise covers {covered:.9g}"
+                raise Violation("D", f"{what}, {where}")
+            squares.append((moved / left.stds[step][number][group]) ** 2)
+    cost = left.scale * math.sqrt(math.fsum(squares))
+    if not cost <= 1:
+        raise Violation("D", f"all queries together cost {cost:.9g} of what the event says, {where}")
+    return cost
 
 
 ALL_KINDS: tuple[str, ...] = ()
@@ -214,15 +242,19 @@ def grid_R() -> Iterator[Setup]:
     yield base.but(form="loop", reduction="mean", micro=3)
 
 
-def check_R(folder: Path, *, only: Callable[[Setup], bool] = lambda setup: True) -> int:
+def check_R(
+    folder: Path, *, only: Callable[[Setup], bool] = lambda setup: True, grid: Callable[[], Iterable[Setup]] = grid_R
+) -> int:
     """Record the releases on D, replay them on D': everything else must be the same, to the last bit."""
     compared = 0
-    for setup in grid_R():
+    for setup in grid():
         if not only(setup):
             continue
         for said, (left, right) in neighbours_R(setup.public_n, setup.dtype).items():
-            recorded = run(setup, left, folder)
-            replayed = run(setup, right, folder, replay=recorded.released)
+            if left.size != right.size and hasattr(setup.sampler, "num_examples"):
+                continue  # the size is public there, and another one is refused
+            recorded = run(setup, left, folder, listen=True)
+            replayed = run(setup, right, folder, replay=recorded.released, listen=True)
             where = f"{said}: {setup}"
             if recorded.error is not None:
                 raise Violation("R", f"the run ended early: {recorded.message[:200]}, {where}")
@@ -237,13 +269,19 @@ def check_R(folder: Path, *, only: Callable[[Setup], bool] = lambda setup: True)
 
 def _observations(left: Trace, right: Trace) -> Iterator[tuple[str, Any, Any]]:
     """Everything that somebody without the data may see."""
+    yield "the shares of the noise", _shares(left), _shares(right)
     yield "the exception", left.error, right.error
     yield "the number of releases", len(left.released), len(right.released)
     for name in (
         *("iterations", "steps_taken", "counter", "lr", "average", "parameters", "optimizer_state", "inputs"),
+        *("estimates", "told", "states", "stds", "stated_epsilons"),
         *("sensitivities", "charges_seen", "noise_keys", "ledger", "charges", "epsilon", "statement", "message"),
     ):
         yield name, getattr(left, name), getattr(right, name)
+
+
+def _shares(trace: Trace) -> list[list[Any]]:
+    return [[query.noise_share, query.spread] for clipped in trace.clipped for query in clipped.queries]
 
 
 def _same(left: Any, right: Any) -> bool:
@@ -298,7 +336,7 @@ def check_N(folder: Path, *, only: Callable[[Setup], bool] = lambda setup: True)
         names = list(one.inputs[0])
         sizes = [one.inputs[0][name].numel() for name in names]
         z = torch.stack([flat(a) - flat(b) for a, b in zip(one.inputs, other.inputs, strict=True)]).numpy() / scale
-        for name, statistic, limit in _noise_tests(z, names, sizes):
+        for name, statistic, limit in noise_tests(z, names, sizes):
             if not statistic <= limit:
                 raise Violation("N", f"{name}: {statistic:.6g}, at most {limit:.6g} is normal ({setup})")
             worst[name.split(" of ")[0]] = max(worst.get(name.split(" of ")[0], -math.inf), statistic / limit)
@@ -330,7 +368,7 @@ def _check_streams(trace: Trace, setup: Setup) -> None:
         raise Violation("N", f"{len(shared)} generators serve sampling and noise ({setup})")
 
 
-def _noise_tests(z: np.ndarray, names: list[str], sizes: list[int]) -> Iterator[tuple[str, float, float]]:
+def noise_tests(z: np.ndarray, names: list[str], sizes: list[int]) -> Iterator[tuple[str, float, float]]:
     """(name, statistic, limit): the statistic of true noise exceeds the limit with probability at most FALSE_ALARM.
 
     Args:
@@ -410,14 +448,14 @@ def check_A(folder: Path, *, only: Callable[[Setup], bool] = lambda setup: True)
             np.add.at(taken[step], indices, 1)
         if taken.max() > 1:
             raise Violation("A", f"a record took part {int(taken.max())} times in one step ({setup})")
-        for name, statistic, limit in _sampling_tests(taken, trace.plan.event):
+        for name, statistic, limit in sampling_tests(taken, trace.plan.event):
             if not statistic <= limit:
                 raise Violation("A", f"{name}: {statistic:.6g}, at most {limit:.6g} is chance ({setup})")
             worst[name] = max(worst.get(name, -math.inf), statistic / limit)
     return worst
 
 
-def _sampling_tests(taken: np.ndarray, event: accounting.Event) -> Iterator[tuple[str, float, float]]:
+def sampling_tests(taken: np.ndarray, event: accounting.Event) -> Iterator[tuple[str, float, float]]:
     """(name, statistic, limit) for the (steps, records) indicators, against the LEDGER's event."""
     steps, n = taken.shape
     cap = getattr(event, "cap", n)
@@ -453,7 +491,7 @@ def _sampling_tests(taken: np.ndarray, event: accounting.Event) -> Iterator[tupl
     # Indicators of one record at two steps are independent. The products have mean 0, and within one step they are
     # correlated a little where the cap binds, so their variance is that of sum_i sum_j over the covariance of a step.
     centred = taken - rate
-    lags = sorted({*range(1, 12), max(1, n // 10), 50, 100})
+    lags = sorted(lag for lag in {*range(1, 12), max(1, n // 10), 50, 100} if lag < steps)
     covariance = moments[0]  # of the batch size: sum over all pairs of records
     own = n * rate * (1 - rate)
     cross = (covariance - own) / (n * (n - 1))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from accounting import Relation
 
-from .subjects import CROWDS, HARM, Data, honest, null_record
+from .subjects import CROWDS, HARM, PRODUCTS, Data, dropped_record, honest, null_record, of_norm
 
 
 @dataclass
@@ -29,8 +29,19 @@ class Film:
         chosen = [k for k, said in enumerate(self.said) if said.split(" in ")[0] in keep or said in keep]
         return Film([self.left[k] for k in chosen], [self.right[k] for k in chosen], [self.said[k] for k in chosen])
 
+    def then(self, more: Film) -> Film:
+        """All scenes of this one, then all of ``more``."""
+        return Film(self.left + more.left, self.right + more.right, self.said + more.said)
 
-def film(subject: str, size: int, relation: Relation, dtype: torch.dtype, seed: int = 0) -> Film:
+
+def film(
+    subject: str,
+    size: int,
+    relation: Relation,
+    dtype: torch.dtype,
+    seed: int = 0,
+    null: Callable[[Data], Data] = null_record,
+) -> Film:
     """Every kind of record, put first into ``size`` - 1 others: it leaves, becomes null, or becomes another one.
 
     It stands first because its leaving then moves every other record to another place and another microbatch.
@@ -45,7 +56,7 @@ def film(subject: str, size: int, relation: Relation, dtype: torch.dtype, seed: 
         found.right.append(
             {
                 Relation.ADD_REMOVE: crowd,
-                Relation.ZERO_OUT: crowd.put(0, null_record(one)),
+                Relation.ZERO_OUT: crowd.put(0, null(one)),
                 Relation.REPLACE_ONE: crowd.put(0, other),
             }[relation]
         )
@@ -63,6 +74,42 @@ def film(subject: str, size: int, relation: Relation, dtype: torch.dtype, seed: 
         scene(everyone[1:], one, one._replace(w=-one.w), f"member in {name}")
         scene(everyone[1:], HARM["NaN"](one), one, f"NaN in {name}")
     return found
+
+
+def special_film(
+    subject: str, size: int, relation: Relation, dtype: torch.dtype, kinds: Sequence[Callable[[Data], Data]], said: str
+) -> Film:
+    """Records of special ``kinds``, put first into ``size`` - 1 ordinary ones; where they are replaced, by their
+    opposite, whose loss is counted negatively."""
+    others, one = honest(subject, size - 1, dtype), honest(subject, 1, dtype, seed=500)
+    found = Film([], [], [])
+    for number, kind in enumerate(kinds):
+        record = kind(one)
+        found.left.append(others.put(0, record))
+        found.right.append(
+            {
+                Relation.ADD_REMOVE: others,
+                Relation.ZERO_OUT: others.put(0, dropped_record(record)),
+                Relation.REPLACE_ONE: others.put(0, record._replace(w=-2 - record.w)),
+            }[relation]
+        )
+        found.said.append(f"{said} {number} in ordinary")
+    return found
+
+
+def products(size: int, relation: Relation, dtype: torch.dtype) -> Film:
+    """Gradients that are products of a huge and a tiny number, or hardly there."""
+    found = special_film("product", size, relation, dtype, list(PRODUCTS.values()), "product")
+    found.said = [f"{name} in ordinary" for name in PRODUCTS]
+    return found
+
+
+def edges(subject: str, size: int, relation: Relation, dtype: torch.dtype, norms: Sequence[float]) -> Film:
+    """Records whose gradient is just below each of ``norms``, and just above."""
+    kinds = [
+        lambda record, norm=norm * side: of_norm(subject, record, norm) for norm in norms for side in (0.9999, 1.0001)
+    ]
+    return special_film(subject, size, relation, dtype, kinds, "edge")
 
 
 def random_film(

@@ -4,6 +4,9 @@
 scheduler, a moving average and a counter of its own.  A :class:`Witness` stands in front of the plan's mechanism, where
 private values end: it keeps what went in and what came out, looks into the ledger's file through a connection of its
 own, and can put recorded releases in place of fresh ones.  Nothing of the package is replaced.
+
+What a run is made of (clipping rule, sampler, mechanism, filters, metrics) stands in its :class:`Setup` as objects, so
+that a new member of the package is checked by being written into a list.
 """
 
 from __future__ import annotations
@@ -16,8 +19,9 @@ import shutil
 import sqlite3
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal
 from unittest import mock
@@ -29,10 +33,18 @@ from torch.utils.data import DataLoader, Dataset
 import accounting
 import dpkit
 from accounting import PlanRecord, Relation
-from dpkit.mechanisms import Gaussian, NoiseKey, RunKey
-from dpkit.types import ClippedSum, Named, Released
+from dpkit.callbacks import Callback
+from dpkit.clipping import ClipRule, Flat
+from dpkit.engine.attachment import attached_to
+from dpkit.errors import CheckpointError, Refused
+from dpkit.filters import Filter
+from dpkit.mechanisms import Correlated, Gaussian, NoiseKey, RunKey, gaussian
+from dpkit.metrics import Count, Mean, Metric
+from dpkit.optim import DPAdamBC
+from dpkit.sampling import Poisson, Sampler, TruncatedPoisson
+from dpkit.types import ClippedSum, Named, Participation, Released
 
-from .subjects import Data, build, honest, loss_of
+from .subjects import Data, build, honest, loss_of, marked
 
 _SALT = re.compile(r'"salt": ?"[0-9a-f]{16}", ?')  # random in every charge, whatever the data
 
@@ -48,6 +60,13 @@ class Setup:
       reduction: the loop's own; with "mean" and "sum" it calls loss.backward() as it always did.
       cap: truncates the Poisson draw at this size ("step" only).
       stop_after: number of iterations after which the user stops; None for never.
+      leave_after: number of iterations after which the user leaves every pass and begins another; None for never.
+      workers: processes that fetch batches ahead of time ("loop" only).
+      clip: the rule, in place of flat clipping to ``bound``. Labels, for a rule that needs them, are the classes.
+      sampler: in place of Poisson sampling at ``q``.
+      mechanism: in place of independent noise of multiplier ``sigma``.
+      metrics: means are given a number of the record itself, counts whether its class is the first. Not the losses,
+        which for the same record may end in another digit where a batch has other rows: ``test_isolation.py``.
     """
 
     form: str = "loop"
@@ -67,6 +86,41 @@ class Setup:
     optimizer: str = "sgd"
     lr: float = 0.05
     stop_after: int | None = None
+    leave_after: int | None = None
+    workers: int = 0
+    clip: ClipRule | None = None
+    sampler: Sampler | None = None
+    mechanism: Gaussian | Correlated | None = None
+    filters: tuple[Filter, ...] = ()
+    metrics: tuple[Metric, ...] = ()
+
+    @property
+    def rule(self) -> ClipRule:
+        return Flat(self.bound) if self.clip is None else self.clip
+
+    @property
+    def noise(self) -> Gaussian | Correlated:
+        return Gaussian(self.sigma) if self.mechanism is None else self.mechanism
+
+    @property
+    def draws(self) -> Sampler:
+        """Of the functional form; the loop form makes its own where none is given."""
+        if self.sampler is not None:
+            return self.sampler
+        return Poisson(self.q) if self.cap is None else TruncatedPoisson(self.q, self.cap)
+
+    @property
+    def rate(self) -> float:
+        return self.draws.sample_rate
+
+    @property
+    def batch_size(self) -> int:
+        return round(self.rate * self.public_n)
+
+    @property
+    def asks(self) -> bool:
+        """Whether anything is released beside the gradient."""
+        return bool(self.metrics) or type(self.rule).questions is not ClipRule.questions
 
     def but(self, **changes: Any) -> Setup:
         return replace(self, **changes)
@@ -81,8 +135,16 @@ class Trace:
     """What happened in one run.
 
     Attributes:
-      sums, sensitivities: what reached the mechanism at each release, and what its noise was scaled to.
+      sums, sensitivities: the gradient that reached the mechanism at each release, and what its noise was scaled to.
+      clipped: all that reached the mechanism, with what is asked beside the gradient.
+      stds: for each release and each query of it, the standard deviation of the noise in each group, before it is
+        correlated over the steps.
+      scale: that standard deviation per unit of sensitivity, were the gradient released alone.
       released: what left the mechanism.
+      shown: for each release, the first feature of every row that the model was shown since the last one.
+      estimates: what the engine tells of the plan's metrics after each release.
+      told: what callbacks were told, of what is public.
+      states: what a checkpoint at the end would hold of the engine's own.
       inputs: gradients as the optimizer saw them, at each of its steps that had any.
       asked: for each release, the indices for which the data set was asked since the last one.
       charges_seen: for each release, the charges that another connection saw in the ledger's file at that moment.
@@ -91,11 +153,19 @@ class Trace:
       lr, iterations, counter: of the user's loop.
       error: type of the exception that ended the run, if one did.
       ledger: every entry of the ledger, without the random name of the plan.
+      stated_epsilons: what the engine says was spent, after each release.
       statement: what may be claimed, without that name and the anchor that depends on it.
     """
 
     sums: list[Named] = field(default_factory=list)
     sensitivities: list[dict[int, float]] = field(default_factory=list)
+    clipped: list[ClippedSum] = field(default_factory=list)
+    stds: list[list[dict[int, float]]] = field(default_factory=list)
+    scale: float = math.nan
+    shown: list[list[float]] = field(default_factory=list)
+    estimates: list[dict[str, float]] = field(default_factory=list)
+    told: list[Any] = field(default_factory=list)
+    states: dict[str, Any] = field(default_factory=dict)
     released: list[Released] = field(default_factory=list)
     inputs: list[Named] = field(default_factory=list)
     asked: list[list[int]] = field(default_factory=list)
@@ -119,6 +189,7 @@ class Trace:
     epsilon: float = math.nan
     statement: str = ""
     refused_beyond: bool = False
+    stated_epsilons: list[float] = field(default_factory=list)
 
     def sensitivity(self, step: int) -> float:
         """L2 sensitivity over all groups together."""
@@ -129,20 +200,37 @@ class Witness:
     """The shipped mechanism, watched. With ``replay``, recorded releases take the place of fresh ones."""
 
     def __init__(
-        self, inner: Gaussian, trace: Trace, dataset: _Watched, path: Path, replay: Sequence[Released] | None
+        self,
+        inner: Gaussian | Correlated,
+        trace: Trace,
+        dataset: _Watched,
+        path: Path,
+        replay: Sequence[Released] | None,
     ) -> None:
         self.inner, self.trace, self.dataset, self.path, self.replay = inner, trace, dataset, path, replay
 
-    def init(self, parameters: Named) -> Any:
-        return self.inner.init(parameters)
+    @property
+    def noise_multiplier(self) -> float:
+        return self.inner.noise_multiplier
 
-    def event(self) -> accounting.Event:
-        return self.inner.event()
+    def init(self, parameters: Named, participation: Participation) -> Any:
+        self.trace.scale = self.inner.scale(participation)
+        return self.inner.init(parameters, participation)
+
+    def scale(self, participation: Participation) -> float:
+        return self.inner.scale(participation)
+
+    def event(self, participation: Participation) -> accounting.Event:
+        return self.inner.event(participation)
 
     def release(self, clipped: ClippedSum, state: Any, key: NoiseKey) -> tuple[Released, Any]:
-        (query,) = clipped.queries
+        query = clipped.queries[0]
         self.trace.sums.append(_copy(query.value))
         self.trace.sensitivities.append(dict(query.sensitivity))
+        self.trace.clipped.append(
+            ClippedSum(tuple(asked._replace(value=_copy(asked.value)) for asked in clipped.queries))
+        )
+        self.trace.stds.append([gaussian.standard_deviations(asked, self.trace.scale) for asked in clipped.queries])
         self.trace.asked.append(self.dataset.take())
         self.trace.charges_seen.append(len(charges_on_disk(self.path)))
         self.trace.noise_keys.append(_print_of(key.generator(0, "no parameter has this name")))
@@ -150,9 +238,28 @@ class Witness:
         if self.replay is None or number >= len(self.replay):
             released, state = self.inner.release(clipped, state, key)
         else:
-            released = Released(_copy(self.replay[number].value))
-        self.trace.released.append(Released(_copy(released.value)))
+            released = _copied(self.replay[number])
+        self.trace.released.append(_copied(released))
         return released, state
+
+
+class _Listener(Callback):
+    """Remembers all that a callback is told of what is public."""
+
+    def __init__(self, trace: Trace) -> None:
+        self.told = trace.told
+
+    def on_begin(self, settings: Any) -> None:
+        self.told.append(dict(settings))
+
+    def on_step(self, record: Any) -> None:
+        self.told.append(tuple(record))
+
+    def on_metrics(self, record: Any, metrics: Any) -> None:
+        self.told.append((tuple(record), dict(metrics)))
+
+    def on_end(self) -> None:
+        self.told.append("end")
 
 
 class _Watched(Dataset[Any]):
@@ -187,6 +294,7 @@ def run(
     *,
     replay: Sequence[Released] | None = None,
     streams: bool = False,
+    listen: bool = False,
 ) -> Trace:
     """Train as ``setup`` says and tell what happened; whatever the engine raises is part of that.
 
@@ -195,14 +303,16 @@ def run(
       folder: where a run folder is made and taken away again.
       replay: releases of another run, in place of fresh ones.
       streams: also take the prints of every generator.
+      listen: also write down what callbacks are told, and what the engine says was spent at every step.
     """
     trace = Trace()
     dataset = _Watched([data] if isinstance(data, Data) else data, trace)
     run_dir = Path(tempfile.mkdtemp(dir=folder))
     model = build(setup.subject, setup.dtype)
-    optimizer = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[setup.optimizer](model.parameters(), lr=setup.lr)
-    witness = Witness(Gaussian(setup.sigma), trace, dataset, run_dir / "ledger.sqlite", replay)
-    engine = dpkit.PrivacyEngine(run_dir, dataset_name="made up", seed=setup.seed)
+    optimizer = _OPTIMIZERS[setup.optimizer](model.parameters(), lr=setup.lr)
+    witness = Witness(setup.noise, trace, dataset, run_dir / "ledger.sqlite", replay)
+    callbacks = [_Listener(trace)] if listen else []
+    engine = dpkit.PrivacyEngine(run_dir, dataset_name="made up", seed=setup.seed, callbacks=callbacks)
     with ExitStack() as stack:
         if streams:
             stack.enter_context(_watch_streams(trace))
@@ -213,6 +323,9 @@ def run(
     _close(setup, engine, model, optimizer, run_dir / "ledger.sqlite", trace)
     shutil.rmtree(run_dir)
     return trace
+
+
+_OPTIMIZERS: dict[str, Any] = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adambc": DPAdamBC}
 
 
 def _train(
@@ -241,15 +354,36 @@ def _train(
             old = trace.average.get(name, torch.zeros_like(parameter))
             trace.average[name] = 0.9 * old + 0.1 * parameter.detach()
 
+    shown: list[float] = []
+
+    def afterwards(batch: Any) -> None:
+        bookkeeping()
+        shown.extend(batch[0].flatten(1)[:, 0].tolist())
+        if len(trace.shown) < len(trace.released):
+            trace.shown.append(shown[:])
+            shown.clear()
+            trace.estimates.append(engine.released)
+            if trace.told:
+                trace.stated_epsilons.append(engine.epsilon().upper)
+
+    def left(started: int) -> bool:
+        """Whether the user leaves a pass that began after ``started`` iterations."""
+        return trace.iterations in (setup.stop_after, started + (setup.leave_after or math.inf))
+
+    labels = (lambda batch: batch[1]) if setup.rule.needs_labels else None
     if setup.form == "loop":
         model, optimizer, loader = engine.make_private(
             model,
             optimizer,
-            DataLoader(dataset, batch_size=round(setup.q * setup.public_n)),
+            DataLoader(dataset, batch_size=setup.batch_size, num_workers=setup.workers),
             mechanism=witness,
+            sampler=setup.sampler,
             target_delta=1e-5,
             steps=setup.steps,
-            max_grad_norm=setup.bound,
+            max_grad_norm=setup.bound if setup.clip is None else None,
+            clipping=setup.clip,
+            filters=setup.filters,
+            metrics=setup.metrics,
             num_examples=setup.public_n,
             relation=setup.relation,
             max_physical_batch_size=setup.micro,
@@ -258,24 +392,33 @@ def _train(
         )
         optimizer.register_step_pre_hook(see)
         dataset.take()
+        in_all = setup.steps * len(loader) // -(-setup.public_n // setup.batch_size)
         # One pass more than is planned: it must be empty.
-        for _ in range(-(-setup.steps // -(-setup.public_n // round(setup.q * setup.public_n))) + 1):
+        for _ in range(-(-in_all // min(len(loader), setup.leave_after or len(loader))) + 1):
+            started = trace.iterations
             for batch in loader:
                 optimizer.zero_grad()
                 losses = loss_of(model, batch)
-                if setup.reduction == "none":
+                _give(setup, engine, batch)
+                if setup.reduction != "none":
+                    (losses.mean() if setup.reduction == "mean" else losses.sum()).backward()
+                elif labels is None:
                     engine.backward(losses)
                 else:
-                    (losses.mean() if setup.reduction == "mean" else losses.sum()).backward()
+                    engine.backward(losses, labels=labels(batch))
                 optimizer.step()
-                bookkeeping()
-                if trace.iterations == setup.stop_after:
-                    return
+                afterwards(batch)
+                if left(started):
+                    break
+            if trace.iterations == setup.stop_after:
+                return
         return
     plan = dpkit.Plan(
-        sampler=dpkit.Poisson(setup.q) if setup.cap is None else dpkit.TruncatedPoisson(setup.q, setup.cap),
-        clip=dpkit.clipping.Flat(setup.bound),
+        sampler=setup.draws,
+        clip=setup.rule,
         mechanism=witness,
+        filters=setup.filters,
+        metrics=setup.metrics,
         steps=setup.steps,
         num_examples=setup.public_n,
         delta=1e-5,
@@ -289,16 +432,30 @@ def _train(
         dataset=dataset,
         backend=getattr(dpkit, setup.backend),
         max_physical_batch_size=setup.micro,
+        labels=labels,
         probe_batch=probe,
     )
     optimizer.register_step_pre_hook(see)
     dataset.take()
-    for _ in range(2):
+    for _ in range(-(-setup.steps // (setup.leave_after or setup.steps)) + 1):
+        started = trace.iterations
         for batch in engine.batches():
+            _give(setup, engine, batch)
             step(batch)
-            bookkeeping()
-            if trace.iterations == setup.stop_after:
-                return
+            afterwards(batch)
+            if left(started):
+                break
+        if trace.iterations == setup.stop_after:
+            return
+
+
+def _give(setup: Setup, engine: dpkit.PrivacyEngine, batch: Any) -> None:
+    """The values of the plan's metrics that the loop knows."""
+    for metric in setup.metrics:
+        if isinstance(metric, Mean):
+            engine.release_mean(metric.name, batch[0].flatten(1)[:, 0].abs() + batch[2])
+        elif isinstance(metric, Count):
+            engine.release_count(metric.name, batch[1] == 0)
 
 
 def _close(
@@ -312,9 +469,12 @@ def _close(
     trace.parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
     trace.optimizer_state = optimizer.state_dict()
     trace.steps_taken = engine.steps_taken
+    if (attachment := attached_to(model)) is not None:
+        with suppress(Refused, CheckpointError):  # no checkpoint in the middle of a logical batch, or of NaN
+            trace.states = attachment.states()
     if not path.exists():
         return
-    trace.expected_batch = setup.q * setup.public_n
+    trace.expected_batch = setup.rate * setup.public_n
     entries = entries_on_disk(path)
     trace.charges = len(charges_on_disk(path))
     plans = engine.ledger.plans()
@@ -337,6 +497,113 @@ def _refuses_one_more(ledger: accounting.Ledger, plan: PlanRecord) -> bool:
         except accounting.BudgetExceeded:
             return len(charges_on_disk(ledger.path)) == plan.steps
     return False
+
+
+# ------------------------------------------------------------------------------------------------- runs that crash
+
+
+class Death(StrEnum):
+    """When a process dies."""
+
+    BETWEEN_STEPS = "between two steps"
+    AFTER_THE_DRAW = "with a batch in hand"
+    AFTER_THE_CHARGE = "between charge and release"
+
+
+@dataclass(frozen=True)
+class Life:
+    """One process: how many steps it takes, how it dies, and from which of all checkpoints the next one goes on."""
+
+    steps: int
+    dies: Death
+    goes_on_from: int = -1
+
+
+class _Died(Exception):
+    pass
+
+
+class _Mortal:
+    """The shipped mechanism, which writes down who takes part in a release, or dies before it."""
+
+    def __init__(self, inner: Gaussian | Correlated, path: Path) -> None:
+        self.inner, self.path = inner, path
+        self.in_hand: list[int] = []
+        self.dies = False
+        self.released: list[tuple[int, list[int]]] = []
+
+    @property
+    def noise_multiplier(self) -> float:
+        return self.inner.noise_multiplier
+
+    def init(self, parameters: Named, participation: Participation) -> Any:
+        return self.inner.init(parameters, participation)
+
+    def scale(self, participation: Participation) -> float:
+        return self.inner.scale(participation)
+
+    def event(self, participation: Participation) -> accounting.Event:
+        return self.inner.event(participation)
+
+    def release(self, clipped: ClippedSum, state: Any, key: NoiseKey) -> tuple[Released, Any]:
+        if self.dies:
+            raise _Died
+        self.released.append((len(charges_on_disk(self.path)), self.in_hand))
+        return self.inner.release(clipped, state, key)
+
+
+def run_with_crashes(setup: Setup, lives: Sequence[Life], folder: Path) -> tuple[list[tuple[int, list[int]]], int]:
+    """One run of several processes, each of which saves after every step.
+
+    Returns: for each release the number of its charge and the units that took part, as the model was shown them; and
+      the number of charges.
+    """
+    data = marked(setup.subject, setup.public_n)
+    run_dir = Path(tempfile.mkdtemp(dir=folder))
+    mechanism = _Mortal(setup.noise, run_dir / "ledger.sqlite")
+    saved: list[str] = []
+    goes_on_from = -1
+    for number, life in enumerate(lives):
+        engine = (
+            dpkit.PrivacyEngine.resume(run_dir, checkpoint=saved[goes_on_from], seed=number)
+            if saved
+            else dpkit.PrivacyEngine(run_dir, dataset_name="made up", seed=number)
+        )
+        model = build(setup.subject, setup.dtype)
+        model, optimizer, loader = engine.make_private(
+            model,
+            torch.optim.SGD(model.parameters(), lr=setup.lr),
+            DataLoader(_Watched([data], Trace()), batch_size=setup.batch_size, num_workers=setup.workers),
+            mechanism=mechanism,
+            sampler=setup.sampler,
+            target_delta=1e-5,
+            steps=setup.steps,
+            max_grad_norm=setup.bound,
+            num_examples=setup.public_n,
+            relation=setup.relation,
+        )
+        with suppress(_Died):
+            taken = 0
+            while engine.steps_left:
+                for batch in loader:
+                    last = taken == life.steps
+                    if last and life.dies is not Death.AFTER_THE_CHARGE:
+                        raise _Died
+                    mechanism.in_hand = [round(mark) - 1 for mark in batch[0][:, 0].tolist() if mark]
+                    mechanism.dies = last
+                    engine.backward(loss_of(model, batch))
+                    optimizer.step()
+                    saved.append(engine.save().name)
+                    taken += 1
+                    if taken == life.steps and life.dies is Death.BETWEEN_STEPS:
+                        raise _Died
+        mechanism.dies = False
+        engine.detach()
+        engine.ledger.close()
+        goes_on_from = life.goes_on_from
+    charges = len(charges_on_disk(mechanism.path))
+    shutil.rmtree(run_dir)
+    return mechanism.released, charges
 
 
 # --------------------------------------------------------------------------------------------------------- looking
@@ -378,6 +645,10 @@ def _print_of(generator: torch.Generator) -> str:
 
 def _copy(named: Named) -> Named:
     return {name: value.detach().clone() for name, value in named.items()}
+
+
+def _copied(released: Released) -> Released:
+    return released._replace(value=_copy(released.value), queries=tuple(total.clone() for total in released.queries))
 
 
 def distance(left: Named, right: Named) -> float:

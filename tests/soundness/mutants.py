@@ -53,6 +53,7 @@ class Mutant:
     Attributes:
       check: letter of the check that must catch it.
       where: setups of that check that suffice.
+      of_members: whether the check is that of ``member_checks.py``.
     """
 
     id: str
@@ -61,6 +62,7 @@ class Mutant:
     source: str
     apply: Callable[[Patch, Active], None]
     where: Callable[[Setup], bool]
+    of_members: bool = False
 
 
 MUTANTS: list[Mutant] = []
@@ -148,7 +150,7 @@ def _noise_by(patch: Patch, active: Active, changed: Callable[[str, Tensor, floa
             noise = value.double() - query.value[name].double()
             std = next(iter(query.sensitivity.values()))
             found[name] = (query.value[name].double() + changed(name, noise, std)).to(value.dtype)
-        return Released(found)
+        return released._replace(value=found)
 
     _release_by(patch, active, change)
 
@@ -489,7 +491,7 @@ def _mean_of_two_draws(patch: Patch, active: Active) -> None:
         second = NoiseKey(hashlib.sha256(key._key + b"rank 1").digest())
         one, _ = shipped(self, clipped, state, key)
         other, _ = shipped(self, clipped, state, second)
-        return Released({name: (one.value[name] + other.value[name]) / 2 for name in one.value}), state
+        return one._replace(value={name: (one.value[name] + other.value[name]) / 2 for name in one.value}), state
 
     patch.setattr(Gaussian, "release", release)
 
@@ -498,7 +500,9 @@ def _mean_of_two_draws(patch: Patch, active: Active) -> None:
 def _sparse_noise(patch: Patch, active: Active) -> None:
     def changed(released: Released, clipped: ClippedSum) -> Released:
         (query,) = clipped.queries
-        return Released({name: torch.where(query.value[name] != 0, v, 0.0) for name, v in released.value.items()})
+        return released._replace(
+            value={name: torch.where(query.value[name] != 0, v, 0.0) for name, v in released.value.items()}
+        )
 
     _release_by(patch, active, changed)
 
@@ -514,7 +518,9 @@ def _noise_used_twice(patch: Patch, active: Active) -> None:
         count[0] += 1
         if fresh:
             cached.update({name: v.double() - query.value[name] for name, v in released.value.items()})
-        return Released({name: (query.value[name] + cached[name]).to(v.dtype) for name, v in released.value.items()})
+        return released._replace(
+            value={name: (query.value[name] + cached[name]).to(v.dtype) for name, v in released.value.items()}
+        )
 
     _release_by(patch, active, changed)
 
@@ -636,7 +642,7 @@ def _size_of_the_data_set(patch: Patch, active: Active) -> None:
 def _shuffled_batches(patch: Patch, active: Active) -> None:
     left: list[int] = []
 
-    def draw(self: Poisson, population: int, generator: torch.Generator) -> Tensor:
+    def draw(self: Poisson, population: int, generator: torch.Generator, **_: Any) -> Tensor:
         active()
         size = int(self.sample_rate * population)
         if len(left) < size:
@@ -651,7 +657,7 @@ def _shuffled_batches(patch: Patch, active: Active) -> None:
 def _rate_of_the_loader(patch: Patch, active: Active) -> None:
     shipped = Poisson.draw
 
-    def draw(self: Poisson, population: int, generator: torch.Generator) -> Tensor:
+    def draw(self: Poisson, population: int, generator: torch.Generator, **_: Any) -> Tensor:
         active()
         rate = 1.0 if self.sample_rate == 1 else 1.0 / math.floor(0.99 / self.sample_rate)
         return shipped(Poisson(rate), population, generator)
@@ -661,7 +667,7 @@ def _rate_of_the_loader(patch: Patch, active: Active) -> None:
 
 @mutant("M38", "A", "draws with replacement", "DistributedUniformWithReplacementSampler", _plain)
 def _with_replacement(patch: Patch, active: Active) -> None:
-    def draw(self: Poisson, population: int, generator: torch.Generator) -> Tensor:
+    def draw(self: Poisson, population: int, generator: torch.Generator, **_: Any) -> Tensor:
         active()
         return torch.randint(0, population, (int(self.sample_rate * population),), generator=generator)
 
@@ -686,11 +692,14 @@ def _charge_every_second_step(patch: Patch, active: Active) -> None:
     def charge(self: Ledger, plan: accounting.PlanRecord, event: accounting.Event) -> Receipt:
         steps[plan.plan_id] = steps.get(plan.plan_id, 0) + 1
         if steps[plan.plan_id] % 2 == 0:
-            return shipped(self, plan, event)
-        active()
-        return Receipt(sequence=0, plan_id=plan.plan_id, step=10_000 + steps[plan.plan_id], digest="")
+            shipped(self, plan, event)
+        else:
+            active()
+        # The engine knows for which step it drew: a receipt that tells the true count would end the run.
+        return Receipt(sequence=0, plan_id=plan.plan_id, step=steps[plan.plan_id], digest="")
 
     patch.setattr(Ledger, "charge", charge)
+    patch.setattr(Attachment, "charged", property(lambda self: steps.get(self.record.plan_id, 0)))
 
 
 @mutant("M23", "V", "charges after the release", "Opacus, accountant step hook", _plain)
@@ -732,6 +741,6 @@ def _cheaper_event(patch: Patch, active: Active) -> None:
     def event(self: Plan) -> accounting.Event:
         active()
         half = Poisson(self.sampler.sample_rate / 2)
-        return half.event(self.mechanism.event(), self.num_examples)
+        return half.event(self.mechanism.event(self.participation), self.num_examples)
 
     patch.setattr(Plan, "event", property(event))

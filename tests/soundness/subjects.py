@@ -3,11 +3,13 @@
 A batch is (x, y, w) and the loss of a row is (1 + w) times the cross entropy, so that every kind of harm can be done
 through the loss to any model, and through the activations to those that take floating-point input.  The rows of zeros
 that dpkit pads with have w = 0: they would count like any other row if nothing masked them.  A row with w = -1 and
-x = 0 is a null record: its gradient is exactly zero.
+x = 0 is a null record: its gradient is exactly zero.  Where more is asked than the gradient, a record of gradient zero
+still answers, and the null record is one that is dropped: its w is not a number.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -80,6 +82,17 @@ class _Sequence(nn.Module):
         return self.head(torch.tanh(hidden - hidden.mean(1, keepdim=True)).flatten(1))
 
 
+class _Product(nn.Module):
+    """Two layers whose activations (6 features each) and output gradients (1 feature each) a record sets apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.tail = nn.Linear(6, CLASSES), nn.Linear(6, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x[:, :6]) * x[:, 12:13] + self.tail(x[:, 6:12]) * x[:, 13:]
+
+
 class _Wide(nn.Module):
     """100,002 coordinates with gradients of 0.7e-4 and 1.3e-4, whose squares are zero in half precision."""
 
@@ -114,6 +127,7 @@ SUBJECTS: dict[str, Subject] = {
         (6,),
     ),
     "sequence": Subject(_Sequence, (4, 3)),
+    "product": Subject(_Product, (14,)),
     "wide": Subject(_Wide, (33_334,)),
     "ties": Subject(lambda: nn.Linear(64, 32, bias=False), (64,)),
     # Rows of the table that no record touches, a bias, normalisation: about 2,300 coordinates for the noise tests.
@@ -157,6 +171,26 @@ def _inputs(subject: Subject, generator: torch.Generator) -> Tensor:
 def null_record(like: Data) -> Data:
     """One row whose gradient is exactly zero."""
     return Data(torch.zeros_like(like.x[:1]), torch.zeros_like(like.y[:1]), -torch.ones_like(like.w[:1]))
+
+
+def dropped_record(like: Data) -> Data:
+    """One row that adds nothing to any sum, because its gradient is not finite."""
+    return null_record(like)._replace(w=torch.full_like(like.w[:1], float("nan")))
+
+
+def of_norm(name: str, record: Data, norm: float) -> Data:
+    """``record`` (one row) with a gradient of this norm, by its weight."""
+    model = build(name, record.w.dtype)
+    loss_of(model, record._replace(w=torch.zeros_like(record.w))).sum().backward()
+    squares = [float(p.grad.double().square().sum()) for p in model.parameters() if p.grad is not None]
+    return record._replace(w=torch.full_like(record.w, norm / math.sqrt(math.fsum(squares)) - 1))
+
+
+def marked(name: str, size: int) -> Data:
+    """Honest records, whose first feature is their number from 1 on: padding has 0."""
+    data = honest(name, size, torch.float32)
+    data.x.view(size, -1)[:, 0] = torch.arange(1, size + 1)
+    return data
 
 
 def tied_records(size: int, dtype: torch.dtype) -> Data:
@@ -225,3 +259,35 @@ CROWDS: dict[str, Callable[[Data], Data]] = {
     "offset3000": _shifted(3000.0),
 }
 """What the other records are: the sum of aligned ones is as long as it can be, where rounding errors are largest."""
+
+
+def _product(head: tuple[float, float], tail: tuple[float, float]) -> Callable[[Data], Data]:
+    """Activations and output gradients of "product" on these scales, for each of its layers."""
+
+    def set_apart(record: Data) -> Data:
+        x = record.x.clone()
+        for start, (activation, factor) in ((0, head), (1, tail)):
+            x[:, 6 * start : 6 * start + 6] = activation * x[:, 6 * start : 6 * start + 6].sign()
+            x[:, 12 + start] = factor
+        return record._replace(x=x)
+
+    return set_apart
+
+
+PRODUCTS: dict[str, Callable[[Data], Data]] = {
+    "1e35 * 1e-40": _product((1e35, 1e-40), (1.0, 1.0)),
+    "1e35 * 1e-40, beside nothing": _product((1e35, 1e-40), (0.0, 0.0)),
+    "1e30 * 1e-32": _product((1e30, 1e-32), (0.0, 0.0)),
+    "1e30 * 1e-32, beside long": _product((1e30, 1e-32), (10.0, 1.0)),
+    "1e-40 * 1e35": _product((1e-40, 1e35), (1.0, 1.0)),
+    "1e-32 * 1e30, beside long": _product((1e-32, 1e30), (10.0, 1.0)),
+    "1e38 * 1e-44": _product((1e38, 1e-44), (1e38, 1e-44)),
+    "1e38 * 1e-38": _product((1e38, 1e-38), (0.0, 0.0)),
+    "1e38 * 1e-15": _product((1e38, 1e-15), (0.0, 0.0)),
+    "1e20 * 1e-40": _product((1e20, 1e-40), (0.0, 0.0)),
+    "1e-22 * 1e-22": _product((1e-22, 1e-22), (1e-22, 1e-22)),
+    "denormal": _product((1e-42, 1.0), (0.0, 1e-42)),
+    "zero": _product((0.0, 0.0), (0.0, 0.0)),
+    "zero beside long": _product((0.0, 0.0), (10.0, 1.0)),
+}
+"""What becomes of one record of "product": parts of its gradient leave the range of float32, and the whole does not."""

@@ -15,7 +15,7 @@ import torch
 from soundness.checks import Violation, compare_neighbours
 from soundness.films import Film
 from soundness.harness import Setup
-from soundness.subjects import honest, null_record, tied_records
+from soundness.subjects import build, honest, loss_of, null_record, tied_records
 
 from accounting import Relation
 
@@ -49,6 +49,16 @@ def test_a_record_becomes_null_and_the_others_stay(
 )
 def test_a_record_leaves_and_the_others_stay(form: str, n: int, dtype: torch.dtype, folder: Path) -> None:
     compare(Setup(form=form, subject="ties", public_n=n, dtype=dtype), folder)
+
+
+@pytest.mark.xfail(
+    raises=AssertionError,
+    strict=False,  # it depends on the processor's kernels
+    reason="the losses of the others move by their rounding, and the noise of a mean covers that of the sum alone",
+)
+def test_a_record_leaves_and_the_losses_of_the_others_stay() -> None:
+    data, model = honest("mlp", 48, torch.float32), build("mlp", torch.float32)
+    assert torch.equal(loss_of(model, data[:32]), loss_of(model, data)[:32])
 
 
 @pytest.mark.xfail(
