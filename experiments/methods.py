@@ -1,7 +1,7 @@
 """``python -m experiments methods``: test accuracy of every method of dpkit, under equal conditions.
 
     python -m experiments methods --data-dir DIR                  runs what is missing, then writes the page
-    python -m experiments methods --dataset adult --methods flat,auto-s --seeds 2 --out /tmp/methods
+    python -m experiments methods --dataset adult --methods flat,auto-s --seeds 2 --out OUT
     python -m experiments methods --table                         only the page, from the runs that are there
 
 What is the same for all methods: model, data, batch size, passes over the data, clipping norm, (ε, δ), relation

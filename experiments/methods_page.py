@@ -21,7 +21,7 @@ _TO_BE_WRITTEN = "(To be written after the run.)"
 _COLOURS = ("#1f5fa8", "#8a5a00", "#5b3a8c")
 _FEWEST_TO_MARK = 3  # runs: the deviation of two says next to nothing
 _MARKERS = ("o", "s", "^")
-_LOWEST_BELOW_BASELINE = 0.06  # what is further below stands at the border of the plot, as a number
+_LOWEST_BELOW_BASELINE = 0.08  # what is further below stands at the border of the plot, as a number
 
 
 @dataclass(frozen=True)

@@ -373,7 +373,7 @@ def accumulator(workload: Workload, model: nn.Module, clip: clipping.ClipRule) -
         delta=1e-5,
     )
     parameters: dict[str, Tensor] = dict(trainable(model))
-    state = clip.init(clip.groups(parameters))
+    state = clip.init(plan.setting(parameters))
 
     def fresh() -> ClippedAccumulator:
         made = ClippedAccumulator(plan, state, parameters, 1)
