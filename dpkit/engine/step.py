@@ -267,15 +267,25 @@ def _finite_sums(gradients: PerSample, weights: Named) -> Iterable[tuple[str, Te
     sums = list(gradients.weighted_sum(weights))
     if all(bool(total.isfinite().all()) for _, total in sums):
         return sums
+    types = {name: total.dtype for name, total in sums}
+    # Joined in double precision and rounded once: the sensitivity allows for no chain of further additions.
+    return [(name, total.to(types[name])) for name, total in _halved(gradients, weights).items()]
+
+
+def _halved(gradients: PerSample, weights: Named) -> Named:
+    """The weighted sums in double precision, of two halves if they are not finite; nothing of one unit that is not."""
+    sums = {name: total.double() for name, total in gradients.weighted_sum(weights)}
+    if all(bool(total.isfinite().all()) for total in sums.values()):
+        return sums
     if gradients.size == 1:
-        return []
-    first = torch.arange(gradients.size, device=sums[0][1].device) < gradients.size // 2
+        return {}
+    first = torch.arange(gradients.size, device=next(iter(sums.values())).device) < gradients.size // 2
     totals: Named = {}
     for half in (first, ~first):
         part = {name: weight[half] for name, weight in weights.items()}
-        for name, total in _finite_sums(gradients.select(half), part):
+        for name, total in _halved(gradients.select(half), part).items():
             totals[name] = totals[name] + total if name in totals else total
-    return list(totals.items())
+    return totals
 
 
 def _zeros(parameter: Tensor) -> Tensor:

@@ -277,7 +277,8 @@ def test_workers_collate_and_structures_are_kept(tmp_path: Path) -> None:
     assert 20 < seen < 110  # 60 expected, standard deviation 7.1: false alarm below 1e-7
 
 
-def test_filters_see_each_release_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rows", [None, 4])
+def test_filters_see_each_release_once(rows: int | None, tmp_path: Path) -> None:
     calls = []
 
     def update(released, state):
@@ -285,7 +286,7 @@ def test_filters_see_each_release_once(tmp_path: Path) -> None:
         return released._replace(value={n: torch.zeros_like(v) for n, v in released.value.items()}), state + 1
 
     still = dpkit.filters.FilterOf(init=lambda parameters: 0, update=update)
-    engine, model, optimizer, loader = attach(tmp_path, filters=(still,))
+    engine, model, optimizer, loader = attach(tmp_path, filters=(still,), max_physical_batch_size=rows)
     before = [p.detach().clone() for p in model.parameters()]
     train(engine, model, optimizer, loader, epochs=2)
     assert len(calls) == 12

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ import dpkit
 from accounting import Ledger
 from dpkit.engine import PrivacyEngine
 from dpkit.errors import CheckpointError, LedgerError, OutOfOrder, RunFolderError
-from dpkit.filters import FilterOf
+from dpkit.filters import Filter, FilterOf, butterworth, first_order
 from dpkit.mechanisms import RunKey
 from dpkit.types import Released
 
@@ -146,14 +147,17 @@ def momentum_filter() -> FilterOf:
     return FilterOf(start, update)
 
 
-def test_the_state_of_filters_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_noise: None):
+@pytest.mark.parametrize("filter_of", [momentum_filter, first_order, lambda: butterworth(3, 0.1)], ids=range(3))
+def test_the_state_of_filters_goes_on(
+    filter_of: Callable[[], Filter], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_noise: None
+):
     fixed_draws(monkeypatch)
-    whole = begin(tmp_path / "whole", filters=(momentum_filter(),)).train()
+    whole = begin(tmp_path / "whole", filters=(filter_of(),)).train()
     fixed_draws(monkeypatch)
-    first = begin(tmp_path / "run", filters=(momentum_filter(),)).train(5)
+    first = begin(tmp_path / "run", filters=(filter_of(),)).train(5)
     first.save()
     first.leave()
-    second = resume(tmp_path / "run", filters=(momentum_filter(),)).train()
+    second = resume(tmp_path / "run", filters=(filter_of(),)).train()
     assert same(whole.model.state_dict(), second.model.state_dict())
 
 
