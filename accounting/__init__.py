@@ -34,6 +34,7 @@ from .errors import Unsupported as Unsupported
 from .events import ApproximateDP as ApproximateDP
 from .events import BinomialTrials as BinomialTrials
 from .events import Composed as Composed
+from .events import DiscreteGaussian as DiscreteGaussian
 from .events import Event as Event
 from .events import Gaussian as Gaussian
 from .events import Laplace as Laplace

@@ -1,7 +1,9 @@
 """epsilon(event, delta): the smallest upper bound that an applicable accountant gives, and a lower bound beside it.
 
-Every accountant here is an upper bound for a fixed list of events, so the minimum of several is one as well (same
-delta, same relation, same events).  That is true inside one plan that was fixed before its first release.  It is not
+Guarantee: ``upper`` is an upper bound, and never NaN or negative; what no theorem covers raises ``Unsupported``.
+Requires: a list of events that was fixed before the first release.
+Why: every accountant here is an upper bound for such a list, so the minimum of several is one as well (same delta, same
+relation, same events).  That is true inside one plan that was fixed before its first release.  It is not
 true across plans that were chosen after seeing earlier results: there the ledger adds the plans' (epsilon, delta), or
 keeps a filter (``privacy_filters.py``).
 
@@ -48,6 +50,11 @@ def epsilon(
 ) -> Bound:
     """Epsilon of ``event`` at ``delta``: every pair of neighbours under ``relation`` is (upper, delta)-close.
 
+    Guarantee: ``upper`` is a bound in both directions, never NaN and never negative; ``lower`` is not above the truth.
+    Requires: an event that was fixed before its first release, and that describes what happened (nobody can check
+    either here); a theorem for it under ``relation``, without which ``Unsupported`` is raised.
+    Why: see the module; each accountant's module has its theorem and its rounding.
+
     Args:
       event: what touches the data, fixed before its first release.
       delta: in (0, 1); choose it well below 1/N.
@@ -72,7 +79,10 @@ def epsilon(
 
 
 def delta(event: Event, epsilon: float, *, relation: Relation, by: By | None = None) -> Bound:
-    """Delta of ``event`` at ``epsilon``, in [0, 1]; otherwise as :func:`epsilon`."""
+    """Delta of ``event`` at ``epsilon``, in [0, 1].
+
+    Guarantee, Requires, Why: as of :func:`epsilon`.
+    """
     epsilon = check_epsilon(epsilon)
 
     def settled(bound: Bound) -> bool:
@@ -84,8 +94,10 @@ def delta(event: Event, epsilon: float, *, relation: Relation, by: By | None = N
 def epsilon_curve(event: Event, steps: int, delta: float, *, relation: Relation) -> list[Bound]:
     """Epsilon after 1, 2, .., ``steps`` runs of ``event``: what :func:`epsilon` says of each, in far less time.
 
-    Each is the bound of a run of that many steps, planned beforehand. A run that stops because of what was seen has the
-    epsilon of its planned steps.
+    Guarantee: each ``upper`` is a bound for a run of that many steps.
+    Requires: that the run was planned to end there. One that stops because of what was seen has the epsilon of its
+    planned steps.
+    Why: as of :func:`epsilon`, with the composition of all steps computed once.
 
     Raises:
       Unsupported, InvalidParameter: as :func:`epsilon`; ``steps`` is negative or no whole number.

@@ -5,6 +5,7 @@ has under P the law that 1/r has under Q.  With ``A(alpha) = E_Q[r^alpha]``, and
 which nothing cancels (``phi(y) = e^y - 1 - y >= 0``):
 
 * Gaussian noise, multiplier s: N(1, s^2) against N(0, s^2); ``A = e^{alpha(alpha-1)/2s^2}``.
+* discrete Gaussian noise, multiplier s: the same A, see below.
 * Laplace noise, scale b: Lap(1, b) against Lap(0, b) (Mironov 2017, https://arxiv.org/abs/1702.07476, proposition 6);
   ``A - 1 = (alpha phi((alpha-1)/b) + (alpha-1) phi(-alpha/b)) / (2 alpha - 1)``.
 * any e-private release: randomised response, by which all of them can be simulated (Kairouz, Oh and Viswanath 2015,
@@ -14,12 +15,24 @@ which nothing cancels (``phi(y) = e^y - 1 - y >= 0``):
 Their logarithms add up under adaptive composition, and the composed worst pair is the product pair, again symmetric.
 An (e, d)-private release with d > 0 has no finite moment.
 
+**Discrete Gaussian noise.**  Q has independent coordinates on the integers, with probabilities proportional to
+``exp(-x_i^2 / 2 s_i^2)``, and P is Q moved by the whole-numbered vector a.  With ``t = sum (a_i / s_i)^2 <= 1/s^2``,
+``E_Q[(P/Q)^alpha] = e^{alpha(alpha-1) t / 2} prod theta_i(alpha a_i) / theta_i(0)``, where ``theta_i(c) = sum_x
+exp(-(x - c)^2 / 2 s_i^2)`` is largest at whole c, for it has positive Fourier coefficients.  So A is at most that of
+the continuous noise at every alpha, and equal to ``e^{alpha(alpha-1) t / 2}`` at whole alpha (Canonne, Kamath and
+Steinke 2020, https://arxiv.org/abs/2004.00010, proposition 5 and theorem 14).  The map x -> a - x of the integer
+vectors to themselves swaps P and Q, so the pair is symmetric; this needs no density, only that a is whole.
+
 **Laplace noise on vectors.** Shifting coordinate i by a_i reveals at most what one coordinate shifted by the sum does.
 Scale 1, ``W`` the set where the log-ratio, a sum of one term per coordinate, exceeds log gamma, H the hockey-stick
 divergence there. Then ``dH/da_i = E_P[sign(x_i - a_i) 1_W]``, hence ``dH/da_i - dH/da_j`` is twice ``P(x_i > a_i, x_j <
 a_j, W) - P(x_i < a_i, x_j > a_j, W)``. With e exponential the two coordinates add ``max(a_i + a_j - 2e, a_i - a_j)`` to
 the log-ratio in the first event and ``max(a_i + a_j - 2e, a_j - a_i)`` in the second; so H grows as the larger shift
 takes from the smaller, until one is left.
+
+For discrete noise nothing more is known: pairs of one t differ in their hockey-stick divergences, and none of them is
+the worst.  What follows about sampling therefore speaks of Renyi moments at whole alpha and of chords between them (log
+A is convex in alpha for any pair); the integrals for fractional alpha, which take the continuous densities, do not.
 
 **Poisson sampling.** With and without the record, given the draw of the others, the batch gives laws m1 and m0, and m0
 and m1 are no easier to tell apart than P and Q, in either order.  For ``g' = 1 - q + q g``,
@@ -38,6 +51,14 @@ x = log m(r), y = -log m(1/r) and a = alpha - 1/2 it is ``2 sqrt(m(r)) sinh(a x)
 x >= y > 0 as m(r) m(1/r) = 1 + q (1-q)(r + 1/r - 2).  At a = 1/2 that is (m(r) - 1) - r (1 - m(1/r)) = 0, and
 sinh(a x) / sinh(a y) grows with a.  Hence E_R[(Q/R)^alpha] = E_Q[m^(1-alpha)] <= A(alpha).  (For Gaussian noise this
 is theorem 5 of Mironov, Talwar and Zhang 2019, https://arxiv.org/abs/1908.10530.)
+
+*Without a worst pair* (discrete Gaussian noise).  Fix the draw of the others.  The moments of (1-q) m0 + q m1 against
+m0 are positive combinations of those of m1 against m0 at whole numbers up to alpha, hence at most A(alpha) above, and
+for one release m0, m1 are a symmetric pair, so that the other direction is smaller.  Moments are jointly convex, so
+both bounds survive averaging over the draw.  Of several releases on one batch the later may be chosen by what the
+earlier gave, and then no map need swap the pair.  But F(r) + r F(1/r) >= 0 holds for every r, whatever its law:
+``E_m0[F(r)] + E_m1[F(1/r)] >= 0`` is ``A(R|m0) - A(m0|R) + A(R'|m1) - A(m1|R') >= 0`` with R' = (1-q) m1 + q m0, and as
+A(m1|R') >= 1, ``A(m0|R) - 1 <= (A(R|m0) - 1) + (A(R'|m1) - 1) <= 2 (A(alpha) - 1)``.
 """
 
 from __future__ import annotations
@@ -46,7 +67,7 @@ import math
 
 import numpy as np
 
-from .events import ApproximateDP, Gaussian, Laplace
+from .events import ApproximateDP, DiscreteGaussian, Gaussian, Laplace
 from .normal_form import Counted
 from .sampled_gaussian import (
     ORDERS,
@@ -75,6 +96,8 @@ def sampled_log_excess(batch: Counted, rate: float) -> Vector:
     if np.isinf(growth[-1]):
         return np.full_like(ORDERS, np.inf)
     integer = at_integers(growth, max(rate, 1e-100))  # moments grow with the rate; below this, squares would underflow
+    if sum(count for _, count in batch) > 1 and any(isinstance(atom, DiscreteGaussian) for atom, _ in batch):
+        integer = integer + math.log(2)
     return with_fractions(integer, by_chords(integer))
 
 
@@ -89,7 +112,7 @@ def log_excess(batch: Counted, orders: Vector) -> Vector:
 def _log_excess_of(atom: object, orders: Vector) -> Vector:
     above = orders - 1
     match atom:
-        case Gaussian(noise_multiplier=noise):
+        case Gaussian(noise_multiplier=noise) | DiscreteGaussian(noise_multiplier=noise):
             return log_expm1(orders * above / 2 * noise**-2)
         case Laplace(noise_multiplier=scale):
             with np.errstate(divide="ignore"):

@@ -28,6 +28,11 @@ def calibrate_noise_multiplier(
 ) -> float:
     """A noise multiplier whose event is (target_epsilon, delta)-private, within 0.02 percent of the target if possible.
 
+    Guarantee: epsilon of ``event_of`` the returned number was evaluated, and its upper bound is at most the target.
+    Requires: that exactly the returned number is used, for the event that ``event_of`` describes.
+    Why: what a search finds is returned only after :func:`~accounting.epsilon` confirmed it; no property of the search
+    matters.
+
     Args:
       target_epsilon: positive.
       delta: in (0, 1).
@@ -61,6 +66,8 @@ def calibrate_sample_rate(
 ) -> float:
     """The largest sample rate in (0, 1] whose event is (target_epsilon, delta)-private, up to a fraction of a percent.
 
+    Guarantee, Requires, Why: as of :func:`calibrate_noise_multiplier`.
+
     Args:
       event_of: sample rate -> everything that will be released with it, all steps included.
 
@@ -84,6 +91,8 @@ def calibrate_steps(
     target_epsilon: float, delta: float, event_of: Callable[[int], Event], *, relation: Relation
 ) -> int:
     """The largest number of steps whose event is (target_epsilon, delta)-private, up to a fraction of a percent.
+
+    Guarantee, Requires, Why: as of :func:`calibrate_noise_multiplier`.
 
     Args:
       event_of: number of steps -> everything that will be released in them.

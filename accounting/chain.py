@@ -22,7 +22,7 @@ import hashlib
 import os
 import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -80,6 +80,7 @@ class Chain:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+            _sync_folders(path)
         except FileExistsError:
             raise LedgerError(f"{path} exists already. Open it instead; a ledger is never overwritten.") from None
         except OSError as error:
@@ -201,7 +202,8 @@ class Chain:
             )
         # Exactly our tables: a trigger or a view could make a charge disappear.
         found = run("SELECT type, name, sql FROM sqlite_master").fetchall()
-        if version != FORMAT_VERSION or sorted(found) != sorted(("table", *table) for table in _TABLES.items()):
+        wanted = {("table", *table) for table in _TABLES.items()}
+        if version != FORMAT_VERSION or len(found) != len(wanted) or set(found) != wanted:
             raise _damaged(self.path, "its tables are not those of a ledger")
 
     @contextmanager
@@ -290,6 +292,17 @@ def _link(tip: bytes, body: bytes) -> bytes:
 def _identity(path: Path) -> tuple[int, int]:
     status = path.stat()
     return status.st_dev, status.st_ino
+
+
+def _sync_folders(path: Path) -> None:
+    """Keeps the folders that lead to a new file through a power cut; SQLite syncs only the one that it lies in."""
+    for folder in path.resolve().parents:
+        with suppress(OSError):  # it may not be ours to open, and some file systems cannot sync a folder
+            descriptor = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
 
 def _damaged(path: Path, how: str) -> LedgerError:

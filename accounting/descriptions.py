@@ -10,6 +10,7 @@ from collections.abc import Callable
 from .events import (
     ApproximateDP,
     BinomialTrials,
+    DiscreteGaussian,
     Event,
     Gaussian,
     Laplace,
@@ -28,10 +29,12 @@ from .rounding import round_up_text
 
 
 def noise(atom: Atom) -> str:
-    """The noise multiplier, of Gaussian noise unless another is named."""
+    """The noise multiplier, of continuous Gaussian noise unless another is named."""
     match atom:
         case Gaussian(noise_multiplier=multiplier):
             return f"{multiplier:.6g}"
+        case DiscreteGaussian(noise_multiplier=multiplier):
+            return f"{multiplier:.6g} (discrete Gaussian)"
         case Laplace(noise_multiplier=multiplier):
             return f"{multiplier:.6g} (Laplace)"
         case ApproximateDP(epsilon=epsilon, delta=delta):
@@ -45,7 +48,7 @@ def noise(atom: Atom) -> str:
 def sampling(atom: Atom) -> str:
     """How the data of one step are drawn."""
     match atom:
-        case Gaussian() | Laplace() | ApproximateDP():
+        case Gaussian() | DiscreteGaussian() | Laplace() | ApproximateDP():
             return "none, all units in every step"
         case Poisson(sample_rate=rate):
             return f"Poisson, rate {rate:.6g}"

@@ -21,8 +21,8 @@ from pydantic import BeforeValidator, Field, PrivateAttr, TypeAdapter, Validatio
 from .errors import InvalidParameter, LedgerError, Unsupported
 from .values import Count, Delta, PositiveCount, PositiveFloat, Probability, Value, _plain, explain
 
-EVENT_VERSION = 2
-"""1: Gaussian, Poisson, TruncatedPoisson, Repeated, Composed. 2: all others besides."""
+EVENT_VERSION = 3
+"""1: Gaussian, Poisson, TruncatedPoisson, Repeated, Composed. 2: all others but DiscreteGaussian. 3: that as well."""
 DEEPEST = 50
 """Most events inside one another: everything that reads an event, JSON parsers too, has a limit of its own."""
 
@@ -46,6 +46,19 @@ class Gaussian(Value):
 
     noise_multiplier: PositiveFloat
     kind: Literal["gaussian"] = "gaussian"
+
+
+class DiscreteGaussian(Value):
+    """A vector of whole numbers, summed over all records and released with discrete Gaussian noise.
+
+    Coordinate i gets an independent integer y with probability proportional to ``exp(-y^2 / 2 s_i^2)``.  One record
+    moves the sum by a vector of whole numbers a_i with ``sum (a_i / s_i)^2 <= noise_multiplier^-2``.
+
+    Source: Canonne, Kamath and Steinke 2020, https://arxiv.org/abs/2004.00010.
+    """
+
+    noise_multiplier: PositiveFloat
+    kind: Literal["discrete_gaussian"] = "discrete_gaussian"
 
 
 class Laplace(Value):
@@ -229,6 +242,7 @@ class Composed(_Nested):
 
 Event = Annotated[
     Gaussian
+    | DiscreteGaussian
     | Laplace
     | ApproximateDP
     | PureDP

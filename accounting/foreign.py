@@ -1,9 +1,10 @@
 """Events from what other libraries recorded: opacus accountant histories and dp-accounting's ``DpEvent`` trees.
 
 Guarantee: the event that is returned is at least as revealing, under the relation that was named, as what their record
-describes.  Ask for epsilon under that same relation: their noise multipliers are relative to the clipping norm C, ours
-to the sensitivity under the relation, which for replace-one is 2C.  What has no counterpart here raises ``Unsupported``
-by name.  Not promised: that their record is true.  Neither library is imported; their objects are read.
+describes.  What has no counterpart here raises ``Unsupported`` by name.
+Requires: that their record is true, and that epsilon is asked for under that same relation.
+Why: their noise multipliers are relative to the clipping norm C, ours to the sensitivity under the relation, which for
+replace-one is 2C; the rest is said below.  Neither library is imported; their objects are read.
 
 **What an opacus history does not say** is how batches were drawn, so the caller says it.  With ``"shuffled"`` every
 record enters at most one of the steps of an epoch and sampling is given no credit.  An epoch then has floor(1/rate)
@@ -47,6 +48,8 @@ Sampling = Literal["poisson", "shuffled"]
 def from_opacus_history(history: Any, *, sampling: Sampling, relation: Relation) -> Event:
     """The event of an opacus run.
 
+    Guarantee, Requires, Why: see the module.
+
     Only the record is taken over: histories of opacus' GDP accountant are as good as others, although its epsilon is
     no bound.  A multiplier that an optimizer rewrote for purposes of its own (AdaClip's is larger than the noise that
     both of its queries amount to) is wrong in the history already.
@@ -86,6 +89,8 @@ def from_opacus_history(history: Any, *, sampling: Sampling, relation: Relation)
 
 def from_dp_accounting(event: Any, *, relation: Relation) -> Event:
     """The event that a dp-accounting ``DpEvent`` describes.
+
+    Guarantee, Requires, Why: see the module.
 
     Args:
       event: an instance of a class of ``dp_accounting.dp_event``.

@@ -1,8 +1,11 @@
 """The privacy ledger of one named data set: every release is charged here, durably, before its noise is drawn.
 
-Promise: at every instant, through ``kill -9``, power loss, concurrent runs and resumed runs, the ledger holds at least
-one charge for every release that was bought with one of its receipts, and the epsilon computed from it covers them.
-Anything wrong with the ledger raises ``LedgerError``: no charge, no receipt, no training, no epsilon.
+Guarantee: at every instant, through ``kill -9``, power loss, concurrent runs and resumed runs, the ledger holds at
+least one charge for every release that was bought with one of its receipts, and the epsilon computed from it covers
+them.  Anything wrong with the ledger raises ``LedgerError``: no charge, no receipt, no training, no epsilon.
+Requires: one release for a receipt, of the event that was charged; a disk that keeps what it was told to sync, and
+file locks that work; and that nobody puts an older ledger and the note beside it back together.
+Why: ``chain.py`` for the file, the budget rule below for epsilon.
 
 The budget rule.  A plan is one event per step, or per so many steps, repeated a number of times that is fixed before
 its first release, so its epsilon is an accountant's bound at the planned steps.  Later plans may be chosen after seeing
@@ -60,7 +63,10 @@ class _Header(Value):
 
 
 class Ledger:
-    """An open ledger; made by :meth:`create` or :meth:`open`. Safe to share between threads, not across a fork."""
+    """An open ledger; made by :meth:`create` or :meth:`open`. Safe to share between threads, not across a fork.
+
+    Guarantee, Requires, Why: see the module.
+    """
 
     def __init__(self, chain: Chain, bodies: list[bytes], note: TipNote) -> None:
         self._chain = chain
@@ -163,6 +169,11 @@ class Ledger:
 
     def charge(self, plan: PlanRecord, event: Event) -> Receipt:
         """Charges one step of ``plan``; when this returns, the charge is on the disk.
+
+        Guarantee: the receipt stands for one durable charge, within the budget and the planned steps. Whatever fails,
+        no charge that was acknowledged is lost.
+        Requires: that what is released for the receipt is ``event``.
+        Why: check and charge are one transaction under the lock; the receipt is made after its commit.
 
         Args:
           plan: registered with its first charge, and from then on the same in every field.
@@ -375,6 +386,8 @@ class Ledger:
 
     def _take(self, body: bytes) -> None:
         entry: dict[str, Any] = json.loads(body)
+        if not isinstance(entry, dict):
+            raise ValueError(f"{body[:40]!r} is no entry")
         kind = entry.pop("kind")
         if kind == "header" and self._header is None:
             self._header = _Header(**entry)

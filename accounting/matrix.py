@@ -169,6 +169,10 @@ def inverse(coefficients: ArrayLike) -> Vector:
 def sensitivity(coefficients: ArrayLike, steps: int, *, min_separation: int = 1, max_participations: int = 1) -> float:
     """How far ``C G`` moves at most when one record changes, in units of one participation; rounded up.
 
+    Guarantee: no pattern of participations that keeps to the arguments moves it further.
+    Requires: contributions of norm at most 1, a run of at most ``steps`` steps.
+    Why: see the module.
+
     Args:
       coefficients: the first column of C, at least ``steps`` of them.
       steps: of the whole run; fixed before its first release.
@@ -208,7 +212,8 @@ def sensitivity(coefficients: ArrayLike, steps: int, *, min_separation: int = 1,
 def column_sensitivity(matrix: ArrayLike) -> float:
     """The sensitivity of any strategy ``matrix``, of shape (rows, steps), for one participation; rounded up.
 
-    It is the largest column norm.
+    Guarantee, Requires: as of :func:`sensitivity`, for one participation.
+    Why: it moves one column, so it is the largest column norm.
 
     Raises:
       InvalidParameter: not a matrix of finite numbers, or zero throughout.
@@ -248,6 +253,10 @@ def matrix_event(
 ) -> MatrixMechanism:
     """A whole run of ``steps`` steps, batches in a fixed or shuffled order, as one event.
 
+    Guarantee: the event covers all ``steps`` releases together.
+    Requires: participations as the arguments say, and no more steps (the ledger refuses one more).
+    Why: ``C G + Z`` is one Gaussian release, and multiplying by ``C^-1`` is post-processing; see the module.
+
     Args:
       noise_multiplier: standard deviation of Z / sensitivity of one participation (the clipping norm C under zero-out,
         2C under replace-one). Of two strategies with the same value the one with the larger sensitivity reveals more.
@@ -274,7 +283,9 @@ def cyclic_poisson_event(noise_multiplier: float, bands: int, steps: int, sample
     its index, which a removal would shift). Step t draws each record of group ``t mod bands`` with probability
     ``sample_rate_within_group``; for an expected batch B of N records that is ``bands * B / N``.
 
-    Why it is ``ceil(steps / bands)`` Poisson-subsampled Gaussians: a record takes part only in steps t, t + bands, ..,
+    Guarantee: the event, ``ceil(steps / bands)`` Poisson-subsampled Gaussians, covers all ``steps`` releases together.
+    Requires: a strategy of at most ``bands`` bands, columns of norm at most 1, and groups as above.
+    Why: a record takes part only in steps t, t + bands, ..,
     and C[:, t] is zero outside of rows t .. t + bands - 1. So these steps move disjoint blocks of rows of ``C G + Z``,
     whose noise is independent. Each block moves by at most the norm of its column, and only if the record was drawn,
     independently of the other draws: as DP-SGD on the group alone. With one band it is DP-SGD. Not valid for a

@@ -1,9 +1,12 @@
 """Normal form of an event: which mechanisms touched the data, how often each, and under which relation that is private.
 
-``normal_form(event)`` is a list of ``(atom, count)`` whose composition is at least as revealing as the event.  It is
-the only place that multiplies counts, so that no accountant can forget to.  ``atoms_under(event, relation)`` is what
-accountants work on: it refuses every pair of atom and relation for which no theorem holds, and replaces what is as
-revealing as something simpler (a pass over the data, correlated noise) by that.  It is the only place with such rules.
+Guarantee: ``normal_form(event)`` is a list of ``(atom, count)`` whose composition is at least as revealing as the
+event.  It is the only place that multiplies counts, so that no accountant can forget to.  ``atoms_under(event,
+relation)`` is what accountants work on: it refuses every pair of atom and relation for which no theorem holds, and
+replaces what is as revealing as something simpler (a pass over the data, correlated noise) by that.  It is the only
+place with such rules.
+Requires: events that describe what happened.
+Why: the rest of this text.
 
 **Queries on one batch are one mechanism.**  Gaussian releases with multipliers s_1, .., s_k on the *same* data are
 together one Gaussian release with multiplier ``(sum s_i^-2)^(-1/2)``, adaptively chosen or not (Dong, Roth, Su 2022,
@@ -15,6 +18,9 @@ beside the Gaussian, inside the same sampling event and in a fixed order, so tha
 **Noise per group.**  Groups of coordinates with clipping norms C_k and noise of standard deviation s_k: dividing group
 k by s_k gives unit noise and a sensitivity of ``sqrt(sum (C_k/s_k)^2)``, hence one Gaussian release with multiplier
 ``(sum (C_k/s_k)^2)^(-1/2)``, which is :func:`joint_noise_multiplier`.  It covers side queries on the same batch too.
+
+**Discrete Gaussians on one batch** stay apart, each with its count: no single pair of laws is known to be the worst
+for all whole-numbered shifts of one length, so that what they are together is left to ``batch_moments.py``.
 
 **One pass** (``OnePass``).  Fix the order of the records.  Neighbours under zero-out and replace-one then differ in one
 batch only, so all other releases have the same law on both sides, whatever was released before them; what is left is
@@ -41,6 +47,7 @@ from .errors import InvalidParameter, Unsupported
 from .events import (
     ApproximateDP,
     Composed,
+    DiscreteGaussian,
     Event,
     Gaussian,
     Laplace,
@@ -56,7 +63,7 @@ from .events import (
 )
 from .values import PositiveFloat, explain
 
-Plain = Gaussian | Laplace | ApproximateDP
+Plain = Gaussian | DiscreteGaussian | Laplace | ApproximateDP
 """Atoms that look at all the data they are given, once."""
 Atom = Plain | Poisson | TruncatedPoisson | WithoutReplacement | OnePass | MatrixMechanism | Select
 Counted = list[tuple[Atom, int]]
@@ -68,6 +75,10 @@ _ROUND_DOWN = 1 - 2**-49
 def normal_form(event: Event) -> Counted:
     """The atoms of ``event`` with their counts (each at least 1), equal atoms merged, in order of first appearance.
 
+    Guarantee: their composition is at least as revealing as ``event``.
+    Requires: nothing; what no theorem covers is refused.
+    Why: see the module; it has the proof of every merge.
+
     Raises:
       Unsupported: sampling inside sampling and the like, for which no theorem is implemented here.
       InvalidParameter: more releases of one mechanism than a double can count.
@@ -76,9 +87,14 @@ def normal_form(event: Event) -> Counted:
 
 
 def atoms_under(event: Event, relation: Relation) -> Counted:
-    """What an accountant composes; as revealing as ``event``, or more, to who compares neighbours under ``relation``.
+    """What an accountant composes.
 
-    The atoms are Gaussian, Laplace, ApproximateDP, Poisson, TruncatedPoisson, WithoutReplacement and Select.
+    Guarantee: it is as revealing as ``event``, or more, to who compares neighbours under ``relation``.
+    Requires: a theorem for each atom under ``relation``, without which it is refused.
+    Why: see the module.
+
+    The atoms are Gaussian, DiscreteGaussian, Laplace, ApproximateDP, Poisson, TruncatedPoisson, WithoutReplacement and
+    Select.
 
     Raises:
       Unsupported: no theorem covers an atom under this relation; the message says which, why and the way out.
@@ -115,6 +131,10 @@ def check_relation(atom: Atom, relation: Relation) -> None:
 
 def joint_noise_multiplier(clip_norms: Sequence[float], noise_stds: Sequence[float]) -> float:
     """``(sum (C_k/s_k)^2)^(-1/2)``, never above it: the one multiplier of Gaussian releases on the same batch.
+
+    Guarantee: one Gaussian release of this multiplier is at least as revealing as all of them together.
+    Requires: independent noise, and sensitivities that hold in each group for all neighbours.
+    Why: divided by their s_k, the groups are one vector with unit noise; see the module.
 
     Args:
       clip_norms: C_k, the L2 sensitivity of each group of coordinates, or of each query.
@@ -161,7 +181,7 @@ def _atoms(event: Event) -> Counted:
             return _atoms(ApproximateDP(epsilon=epsilon, delta=0.0))
         case ApproximateDP(epsilon=0.0, delta=0.0):  # the same output law for all data sets
             return []
-        case Gaussian() | Laplace() | ApproximateDP() | MatrixMechanism():
+        case Gaussian() | DiscreteGaussian() | Laplace() | ApproximateDP() | MatrixMechanism():
             return [(event, 1)]
         case Composed(events=events):
             return [pair for part in events for pair in normal_form(part)]
@@ -183,6 +203,12 @@ def _atoms(event: Event) -> Counted:
             return [(TruncatedPoisson(sample_rate=rate, cap=cap, max_examples=most, event=batch[0][0]), 1)]
         case WithoutReplacement(batch_size=size, num_examples=all_):
             batch = _on_one_batch(event)
+            if size < all_ and any(isinstance(atom, DiscreteGaussian) for atom, _ in batch):
+                raise Unsupported(
+                    "without_replacement around discrete_gaussian: what a batch of fixed size hides is proved for "
+                    "releases with one worst pair of laws, and none is known for discrete noise. Draw Poisson batches, "
+                    "or use Gaussian noise (dpkit.HardenedGaussian)."
+                )
             return [(WithoutReplacement(size, all_, event=_together(batch)), 1)] if batch else []
         case Select(event=part):
             return [(event, 1)] if normal_form(part) else []
@@ -237,7 +263,8 @@ def _only_gaussian(event: TruncatedPoisson) -> Counted:
     if foreign := [atom for atom, _ in batch if not isinstance(atom, Gaussian)]:
         raise Unsupported(
             f"truncated_poisson around {foreign[0].kind}: what truncation reveals is proved for Gaussian noise only. "
-            "Use Gaussian noise, or Poisson batches without a cap."
+            "Use Gaussian noise (dpkit.HardenedGaussian, where it was meant to be secure), or Poisson batches without "
+            "a cap (no max_physical_batch_size in make_private; the functional form needs no cap)."
         )
     return batch
 

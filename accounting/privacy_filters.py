@@ -40,7 +40,17 @@ import numpy as np
 from . import rdp
 from .accountant import checked_relation
 from .errors import BudgetExceeded, InvalidParameter, Unsupported
-from .events import ApproximateDP, Event, Gaussian, Laplace, Poisson, Relation, Repeated, TruncatedPoisson
+from .events import (
+    ApproximateDP,
+    DiscreteGaussian,
+    Event,
+    Gaussian,
+    Laplace,
+    Poisson,
+    Relation,
+    Repeated,
+    TruncatedPoisson,
+)
 from .normal_form import Atom, atoms_under, normal_form
 from .sampled_gaussian import ORDERS, Vector
 from .values import PositiveCount, Value, check_delta, check_epsilon, shown
@@ -52,7 +62,10 @@ _ROUNDING = 1e-12
 class RenyiFilter:
     """Admits releases while every order keeps to its own budget, the largest that means (epsilon, delta).
 
-    Thread-safe: :meth:`spend` asks and spends in one step.
+    Guarantee: all that was admitted is (epsilon, delta)-private together, however each event was chosen from the
+    outputs before it.
+    Requires: :meth:`spend` before each release, and one relation.
+    Why: see the module. Thread-safe: :meth:`spend` asks and spends in one step.
 
     Args:
       epsilon, delta: what holds for everything that is spent here together.
@@ -135,13 +148,15 @@ class RenyiFilter:
 class ZCDPFilter:
     """Admits unsampled releases while their zCDP adds up to at most the largest rho that means (epsilon, delta).
 
-    A rho-zCDP release has the log-moment ``alpha (alpha - 1) rho`` at *every* order alpha, so that one budget of rho is
-    a budget of each order, and all of them hold at once (Whitehouse, Ramdas, Rogers and Wu 2023, "Fully-adaptive
+    Guarantee, Requires: as of :class:`RenyiFilter`.
+    Why: a rho-zCDP release has the log-moment ``alpha (alpha - 1) rho`` at *every* order alpha, so that one budget of
+    rho is a budget of each order, and all of them hold at once (Whitehouse, Ramdas, Rogers and Wu 2023, "Fully-adaptive
     composition in differential privacy", https://arxiv.org/abs/2203.05481).  Of unsampled Gaussians it therefore admits
     as much as a Renyi filter of the best order, with no order to choose.
 
-    Costs: Gaussian ``1 / (2 noise_multiplier^2)``; an epsilon-private release ``epsilon^2 / 2`` (Bun and Steinke 2016,
-    https://arxiv.org/abs/1605.02065, proposition 1.4), Laplace noise with ``epsilon = 1 / noise_multiplier``.
+    Costs: Gaussian, continuous or discrete, ``1 / (2 noise_multiplier^2)``; an epsilon-private release
+    ``epsilon^2 / 2`` (Bun and Steinke 2016, https://arxiv.org/abs/1605.02065, proposition 1.4), Laplace noise with
+    ``epsilon = 1 / noise_multiplier``.
     Subsampling gives no useful rho: what is sampled is refused.
 
     Args:
@@ -202,13 +217,15 @@ class ZCDPFilter:
 class WorstCaseSchedule(Value):
     """Steps chosen on the way, none of which reveals more than ``step``: accounted as ``steps`` times ``step``.
 
-    Every step that :meth:`check` lets pass has a pair of output laws that is a post-processing of the pair of ``step``,
-    in both directions.  More Gaussian noise is less of it and then some more; more Laplace noise too (what is added
-    has the characteristic function ``(1 + b^2 t^2) / (1 + b'^2 t^2)``, a mixture of 0 and Laplace noise).  A Poisson
-    step of rate q' < q is that of rate q with its output replaced, with probability ``1 - q'/q``, by a fresh draw of
-    the law without the record.  Pairs that are dominated one by one, whatever was released before, are dominated
-    together (Zhu, Dong and Wang 2022, https://arxiv.org/abs/2106.08567, theorem 10), so that :attr:`event`, a list
-    fixed beforehand, covers the run, and every accountant may be asked about it.
+    Guarantee: :attr:`event` covers any ``steps`` steps that :meth:`check` let pass, chosen in any way from the outputs.
+    Requires: :meth:`check` before each step, and at most ``steps`` of them (a ledger counts).
+    Why: every step that :meth:`check` lets pass has a pair of output laws that is a post-processing of that of ``step``
+    in both directions.  More Gaussian noise is less of it and then some more; more Laplace noise too (what is added has
+    the characteristic function ``(1 + b^2 t^2) / (1 + b'^2 t^2)``, a mixture of 0 and Laplace noise).  A Poisson step
+    of rate q' < q is that of rate q with its output replaced, with probability ``1 - q'/q``, by a fresh draw of the law
+    without the record.  Pairs that are dominated one by one, whatever was released before, are dominated together (Zhu,
+    Dong and Wang 2022, https://arxiv.org/abs/2106.08567, theorem 10), so that :attr:`event`, a list fixed beforehand,
+    covers the run, and every accountant may be asked about it.
 
     Attributes:
       step: the most revealing step that may be taken: least noise, highest rate.
@@ -311,7 +328,11 @@ def _largest_rho(epsilon: float, delta: float) -> float:
 
 def _rho(atom: Atom) -> float:
     match atom:
-        case Gaussian(noise_multiplier=noise) | Laplace(noise_multiplier=noise):
+        case (
+            Gaussian(noise_multiplier=noise)
+            | DiscreteGaussian(noise_multiplier=noise)
+            | Laplace(noise_multiplier=noise)
+        ):
             return noise**-2 / 2
         case ApproximateDP(epsilon=epsilon, delta=0.0):
             return epsilon * epsilon / 2

@@ -44,6 +44,7 @@ from .batch_moments import log_excess, sampled_log_excess
 from .errors import Unsupported
 from .events import (
     ApproximateDP,
+    DiscreteGaussian,
     Gaussian,
     Laplace,
     Poisson,
@@ -113,7 +114,7 @@ def step_log_moment(atom: Atom, relation: Relation) -> Vector:
     """
     check_relation(atom, relation)
     match atom:
-        case Gaussian(noise_multiplier=noise):
+        case Gaussian(noise_multiplier=noise) | DiscreteGaussian(noise_multiplier=noise):
             return ORDERS * _ABOVE_ONE / 2 * noise**-2
         case Laplace() | ApproximateDP():
             return log1p_exp(log_excess([(atom, 1)], ORDERS))

@@ -58,8 +58,9 @@ class PlanRecord(Value):
       delta: at which this plan's epsilon is stated.
       unit: what a neighbour differs in: "example", "user", "client".
       num_examples: the public number of units.
-      facts: for the statement, no part of the guarantee: ``sampling``, ``noise_generator``, ``max_grad_norm``,
-        ``certified`` (bool), ``certified_reason`` (str), ``caveats`` (list of str), and whatever else is public.
+      facts: for the statement, no part of the guarantee: ``sampling``, ``noise_tier``, ``noise_generator``,
+        ``max_grad_norm``, ``certified`` (bool), ``certified_reason`` (str), ``caveats`` (list of str), and whatever
+        else is public.
       plan_id: random unless given; a resumed run gives the id of the run it resumes.
       steps_per_event: how many steps, counted from the first charge, one event covers: the steps of a pass over the
         data, or of a whole run with correlated noise. An event that was begun counts in full.

@@ -13,7 +13,10 @@ from .values import shown
 def round_up(x: float, digits: int = 4) -> float:
     """The least multiple of 10^-digits that is not below ``x``; infinity stays infinity.
 
-    The nearest double of that decimal is not below ``x`` either.
+    Guarantee: what is printed is never below ``x``, and neither is its nearest double.
+    Requires: a number; a NaN is refused.
+    Why: decimal arithmetic rounds the exact value of ``x`` up, and the nearest double to a decimal that is at least the
+    double ``x`` is at least ``x``.
     """
     x = _number(x)
     if abs(x) >= 2**52:  # whole numbers, and infinity
@@ -24,8 +27,10 @@ def round_up(x: float, digits: int = 4) -> float:
 def round_up_text(x: float, digits: int = 6) -> str:
     """``x`` with at most ``digits`` significant digits, not below ``x`` as it was typed: 1e-5 is "1e-05".
 
-    What is printed and read again is not below ``x`` either, so that a guarantee at delta ``x`` holds at the delta
+    Guarantee: what is printed and read again is not below ``x``, so that a guarantee at delta ``x`` holds at the delta
     that is printed.
+    Requires: a number; a NaN is refused.
+    Why: the shortest decimal that means ``x`` is rounded up.
     """
     x = _number(x)
     if math.isinf(x):

@@ -117,6 +117,10 @@ class FullComposition(NamedTuple):
 def full_composition(event: Event, count: int) -> FullComposition:
     """The charge for a grid of ``count`` trials, or for an adaptive sweep of at most ``count``: every trial in full.
 
+    Guarantee: the event covers all outputs of all trials.
+    Requires: a ``count`` that was fixed before the first trial.
+    Why: composition of ``count`` releases, each at most as revealing as ``event``.
+
     Args:
       event: one trial, a training run with its score; of trials that differ, one that is as revealing as any.
       count: trials that were started, crashed and pruned ones included; fixed before the first.
@@ -134,6 +138,10 @@ def full_composition(event: Event, count: int) -> FullComposition:
 
 def renyi_log_moments(trials: Trials, base: Vector) -> Vector:
     """log A(alpha) = (alpha - 1) * (Renyi divergence) of the search, for every order of ``ORDERS``; never too small.
+
+    Guarantee: no moment of a search that meets :data:`CONDITIONS` is larger.
+    Requires: :data:`CONDITIONS`, and moments of one trial that are not too small, in both directions.
+    Why: see the module, its Renyi theorem.
 
     Args:
       trials: law of the number of trials.
@@ -158,6 +166,10 @@ def renyi_log_moments(trials: Trials, base: Vector) -> Vector:
 def profile_delta(trials: Trials, epsilon: float, base: Profile) -> float:
     """An upper bound of the delta of the search at ``epsilon``, in [0, 1] and in both directions.
 
+    Guarantee: no search that meets :data:`CONDITIONS` has a larger delta.
+    Requires: :data:`CONDITIONS`, and a profile of one trial that is nowhere too small, in both directions.
+    Why: see the module, its profile theorem.
+
     Args:
       trials: law of the number of trials.
       epsilon: at least 0.
@@ -173,7 +185,10 @@ def profile_delta(trials: Trials, epsilon: float, base: Profile) -> float:
 
 
 def profile_deltas(trials: Trials, epsilons: Vector, base: Profile) -> Vector:
-    """:func:`profile_delta` at each of ``epsilons`` (at least 0) from the same evaluations of ``base``."""
+    """:func:`profile_delta` at each of ``epsilons`` (at least 0) from the same evaluations of ``base``.
+
+    Guarantee, Requires, Why: as of :func:`profile_delta`.
+    """
     law = law_of(trials)
     table = _tabulate(base, _NEGLIGIBLE * _bounded(base(min(float(np.max(epsilons)), _LARGEST))))
     cells = _cut(law, table)
@@ -183,7 +198,7 @@ def profile_deltas(trials: Trials, epsilons: Vector, base: Profile) -> Vector:
 def profile_epsilon(trials: Trials, delta: float, base: Profile) -> float:
     """An epsilon >= 0 at which the delta of the search was bounded by ``delta``; inf if none below 700 was found.
 
-    Otherwise as :func:`profile_delta`.
+    Guarantee, Requires, Why: as of :func:`profile_delta`.
 
     Raises:
       Unsupported: ``trials`` is a fixed number, or no law that is known here.
@@ -205,7 +220,11 @@ def profile_epsilon(trials: Trials, delta: float, base: Profile) -> float:
 
 
 def epsilon_bound(trials: Trials, delta: float, base_delta: Profile, base_log_moments: Vector) -> float:
-    """The smaller of both theorems: the search is (epsilon_bound, delta)-private.
+    """The smaller of both theorems.
+
+    Guarantee: a search that meets :data:`CONDITIONS` is (epsilon_bound, delta)-private.
+    Requires: :data:`CONDITIONS`, and bounds of one trial that hold in both directions.
+    Why: see the module; the lesser of two upper bounds is one.
 
     Args:
       trials: law of the number of trials.

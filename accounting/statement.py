@@ -22,12 +22,34 @@ _RELATIONS = {
     Relation.ZERO_OUT: "zero out one (the number of units is public)",
 }
 
+PAGES = "What is promised, what that requires, and what is not: PRIVACY_PROMISE.md and KNOWN_LIMITS.md of dpkit."
+
 NEVER_COVERED = (
     "Not covered: choices made by looking at this data outside the ledger, such as a hyperparameter search or the "
     "choice of the architecture.",
-    "Not covered: noise is drawn in floating point; attacks on its low-order bits.",
     "Not covered: what can be learnt from timing, and from when a process stopped or failed (memory, crashes).",
 )
+
+_CIPHER = (
+    "Assumed: without its key, nobody can tell ChaCha20 from random bits. Batches are drawn by a generator that is not "
+    "cryptographic, whose output nobody sees."
+)
+_OF_TIER: dict[str, tuple[str, ...]] = {
+    "default": ("Not covered: noise is drawn in floating point; attacks on its low-order bits.",),
+    "hardened": (
+        _CIPHER,
+        "Every released number is a multiple of a step that is the same for all data sets, so that its low-order bits "
+        "tell nothing more than the number that the guarantee is about.",
+        "Not covered: the difference between a Gaussian in double precision, which is drawn here and then rounded to "
+        "such steps, and a Gaussian; tests bound it, and no theorem.",
+    ),
+    "exact": (
+        _CIPHER,
+        "Noise is a discrete Gaussian, drawn in integer arithmetic and counted in steps that are the same for all data "
+        "sets: nothing in its law is approximate.",
+    ),
+}
+"""What has to be said of how the noise was made; whatever is no tier of these counts as the first."""
 
 
 class PlanStatement(Value):
@@ -40,6 +62,7 @@ class PlanStatement(Value):
     noise_multiplier: str
     sampling: str
     max_grad_norm: str
+    noise_tier: str
     noise_generator: str
     steps_charged: int
     steps_planned: int
@@ -67,6 +90,7 @@ class Statement(Value):
     caveats: tuple[str, ...]
     anchor_sequence: int
     anchor_digest: str
+    pages: str = PAGES
 
     def __str__(self) -> str:
         if not self.plans:
@@ -86,16 +110,22 @@ class Statement(Value):
                 f"  run {plan.plan_id[:12]}: {_progress(plan)}",
                 f"    sampling: {plan.sampling}; public N = {plan.num_examples}",
                 f"    noise multiplier {plan.noise_multiplier}, max_grad_norm {plan.max_grad_norm}, "
-                f"noise generator: {plan.noise_generator}",
+                f"noise tier: {plan.noise_tier}, noise generator: {plan.noise_generator}",
             ]
         lines.append(f"  CERTIFIED: {'YES' if self.certified else 'NO'} ({self.certified_reason})")
         lines += [f"  - {caveat}" for caveat in self.caveats]
+        lines.append(f"  {self.pages}")
         lines.append(f"  ledger anchor: entry {self.anchor_sequence}, {self.anchor_digest}")
         return "\n".join(_wrapped(line) for line in lines)
 
 
 def statement(ledger: Ledger) -> Statement:
     """The statement of ``ledger`` as it stands now.
+
+    Guarantee: its epsilon is a bound for everything that was charged, rounded up, of one moment, and stands beside all
+    that gives it a meaning. Of a run that was stopped because of what was seen, ``committed_epsilon`` is that bound.
+    Requires: that the plans in the ledger are what was released; ``facts`` and ``certified`` are what the trainer said.
+    Why: ``accountant.py`` for one plan, the budget rule of ``ledger.py`` for several.
 
     Raises:
       LedgerError: the ledger cannot be trusted; there is no statement then.
@@ -179,6 +209,7 @@ def _plan_statement(plan: PlanRecord, charged: int) -> PlanStatement:
         + (f"; {plan.steps_per_event} consecutive steps count as one such release" if plan.steps_per_event > 1 else "")
         + (f" ({facts['sampling']})" if facts.get("sampling") else ""),
         max_grad_norm=str(facts.get("max_grad_norm", "not stated")),
+        noise_tier=_tier(plan),
         noise_generator=str(facts.get("noise_generator", "not stated")),
         steps_charged=charged,
         steps_planned=plan.steps,
@@ -187,6 +218,11 @@ def _plan_statement(plan: PlanRecord, charged: int) -> PlanStatement:
         certified=facts.get("certified") is True,
         certified_reason=str(facts.get("certified_reason") or _default_reason(facts.get("certified"))),
     )
+
+
+def _tier(plan: PlanRecord) -> str:
+    """How the noise was made; plans of the time before there were tiers had the first."""
+    return str(plan.facts.get("noise_tier", "default"))
 
 
 def _default_reason(certified: object) -> str:
@@ -211,4 +247,4 @@ def _caveats(plan: PlanRecord, together: list[str]) -> list[str]:
         found.append(f"Noise generator: {generator}. The guarantee assumes that nobody can predict its output.")
     more = plan.facts.get("caveats")
     found += more if isinstance(more, list) else [str(more)] if more else []
-    return [*found, *NEVER_COVERED]
+    return [*found, *_OF_TIER.get(_tier(plan), _OF_TIER["default"]), *NEVER_COVERED]

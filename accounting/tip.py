@@ -23,6 +23,7 @@ so a power cut cannot leave half of it, and a guess could only be that the ledge
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
@@ -52,8 +53,18 @@ class TipNote:
         self._pid = os.getpid()
 
     def exists(self) -> bool:
-        """Whether anything lies in its place, be it a note or not."""
-        return os.path.lexists(self.path)
+        """Whether anything lies in its place, be it a note or not.
+
+        Raises:
+          LedgerError: the disk does not say. Were that taken for a missing note, an older copy would pass.
+        """
+        try:
+            os.lstat(self.path)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
+                raise self._unreadable(error) from None
+            return False
+        return True
 
     def read(self) -> Position | None:
         """What was noted; None if there is no note, or an empty one.
@@ -70,7 +81,7 @@ class TipNote:
         try:
             return self._look(descriptor)
         finally:
-            os.close(descriptor)
+            _close(descriptor)
 
     def prepare(self) -> None:
         """Opens the note, or makes one, before the charge that it is for; does nothing where it cannot be written.
@@ -87,7 +98,7 @@ class TipNote:
         try:
             self._look(descriptor)
         except BaseException:
-            os.close(descriptor)
+            _close(descriptor)
             raise
         self._descriptor = descriptor
 
@@ -104,7 +115,7 @@ class TipNote:
         """Closes the file; calling it again does nothing. A forked child leaves its parent's file alone."""
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is not None and os.getpid() == self._pid:
-            os.close(descriptor)
+            _close(descriptor)
 
     def _open(self, flags: int) -> int:
         with suppress(FileNotFoundError):
@@ -113,7 +124,7 @@ class TipNote:
         try:
             self._check_kind(os.fstat(descriptor))
         except BaseException:
-            os.close(descriptor)
+            _close(descriptor)
             raise
         return descriptor
 
@@ -148,6 +159,12 @@ class TipNote:
             f"{self.path} cannot be read ({error.strerror}), so it is unknown whether the ledger beside it is the "
             "newest. Make it readable for this user, as the ledger is."
         )
+
+
+def _close(descriptor: int) -> None:
+    """Nothing depends on it: what was written is seen by all, and a note was never synced."""
+    with suppress(OSError):
+        os.close(descriptor)
 
 
 def _encode(position: Position) -> bytes:

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from . import gaussian
 from .accountant import profile
@@ -23,10 +25,49 @@ from .values import check_delta, check_epsilon, shown
 
 _KNOTS = 160
 _LEAST = 1e-3  # of alpha or beta, that the knots are laid for
+_FARTHEST = 500.0  # of their epsilons
+
+
+class Tangents(NamedTuple):
+    """A trade-off curve from below: of each epsilon with its delta the two lines above, none of which it crosses."""
+
+    epsilons: NDArray[np.float64]
+    deltas: NDArray[np.float64]
+
+    def at(self, alphas: ArrayLike) -> NDArray[np.float64]:
+        """For each alpha in [0, 1] a beta that is not above the curve."""
+        rows = np.asarray(alphas, dtype=float)[..., None]
+        with_record = 1 - self.deltas - np.exp(self.epsilons) * rows
+        without = np.exp(-self.epsilons) * (1 - self.deltas - rows)
+        return np.maximum(0.0, np.maximum(with_record, without).max(axis=-1))
+
+
+def tangents(event: Event, *, relation: Relation, least: float = _LEAST, knots: int = _KNOTS) -> Tangents:
+    """The tangents of the trade-off curve of ``event``, never above the true one.
+
+    Args:
+      least: the smallest alpha or beta that the knots are laid for.
+      knots: how many epsilons have tangents; more come nearer to the curve, and cost time.
+
+    Raises:
+      Unsupported: no accountant covers the event under this relation.
+    """
+    delta_of = profile(event, relation)
+    # A release that is approximately private as a whole keeps its delta at every epsilon: no knots beyond.
+    least = max(least, delta_of(_FARTHEST) * (1 + 1e-6))
+    farthest = 0.1
+    while delta_of(farthest) > least and farthest < _FARTHEST:
+        farthest *= 1.25
+    epsilons = np.linspace(0.0, farthest, knots)
+    return Tangents(epsilons, np.array([delta_of(float(epsilon)) for epsilon in epsilons]))
 
 
 def trade_off(event: Event, alphas: Sequence[float], *, relation: Relation) -> list[float]:
-    """For each alpha the least beta that any test of ``event`` can have: never above the true trade-off curve.
+    """For each alpha the least beta that any test of ``event`` can have.
+
+    Guarantee: never above the true trade-off curve.
+    Requires: as of :func:`~accounting.epsilon`.
+    Why: each (epsilon, delta) of the event's profile gives two lines that no test crosses; see the module.
 
     Args:
       event: what touches the data, fixed before its first release.
@@ -40,18 +81,7 @@ def trade_off(event: Event, alphas: Sequence[float], *, relation: Relation) -> l
     for alpha in alphas:
         if not 0 <= alpha <= 1:  # a NaN is neither
             raise InvalidParameter(f"alphas holds {shown(alpha)}: each must be a number from 0 to 1.")
-    delta_of = profile(event, relation)
-    farthest = 1.0
-    while delta_of(farthest) > _LEAST and farthest < 500:
-        farthest *= 2
-    epsilons = np.linspace(0.0, farthest, _KNOTS)
-    deltas = np.array([delta_of(float(epsilon)) for epsilon in epsilons])
-    found = []
-    for alpha in alphas:
-        with_record = 1 - deltas - np.exp(epsilons) * alpha
-        without = np.exp(-epsilons) * (1 - deltas - alpha)
-        found.append(max(0.0, float(np.max(with_record)), float(np.max(without))))
-    return found
+    return tangents(event, relation=relation).at(alphas).tolist()
 
 
 def gaussian_mu(epsilon: float, delta: float) -> float:

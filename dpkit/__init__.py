@@ -32,7 +32,9 @@ if TYPE_CHECKING:
     from dpkit.gradients import ghost as ghost
     from dpkit.gradients import vmap as vmap
     from dpkit.mechanisms import Correlated as Correlated
+    from dpkit.mechanisms import DiscreteGaussian as DiscreteGaussian
     from dpkit.mechanisms import Gaussian as Gaussian
+    from dpkit.mechanisms import HardenedGaussian as HardenedGaussian
     from dpkit.sampling import CyclicPoisson as CyclicPoisson
     from dpkit.sampling import FixedOrder as FixedOrder
     from dpkit.sampling import Poisson as Poisson
@@ -48,7 +50,9 @@ _HOMES = {
     "PrivacyEngine": "dpkit.engine",
     "check": "dpkit.engine",
     "Correlated": "dpkit.mechanisms",
+    "DiscreteGaussian": "dpkit.mechanisms",
     "Gaussian": "dpkit.mechanisms",
+    "HardenedGaussian": "dpkit.mechanisms",
     "CyclicPoisson": "dpkit.sampling",
     "FixedOrder": "dpkit.sampling",
     "Users": "dpkit.sampling",
@@ -64,8 +68,10 @@ __all__ = [
     "Budget",
     "Correlated",
     "CyclicPoisson",
+    "DiscreteGaussian",
     "FixedOrder",
     "Gaussian",
+    "HardenedGaussian",
     "Plan",
     "Poisson",
     "PrivacyEngine",

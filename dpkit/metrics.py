@@ -5,6 +5,9 @@ at most: Σ_i (v_i - m), |v_i - m| <= (upper - lower)/2 with m the middle of the
 clamped to it; what is not a number, padding and units whose gradient was dropped add nothing.  A metric of a plan
 (``metrics=``) is a question to the batch of every step, released in the event of that step: it costs no epsilon of its
 own, but takes a part of the precision from the gradient.
+Requires: a number for each unit that depends on that unit alone (nobody can check this; the statement says so), and
+noise that leaves something for the gradient (``Plan.noise_shares`` refuses less).
+Why: |v - m| <= (upper - lower)/2 for clamped v; what is made of the noisy sum is post-processing.
 
 What is estimated.  With B the expected batch size, m + (1/B)(Σ_i (v_i - m) + noise) has the mean over all units as its
 expectation where N is the size of the data set, with a standard deviation of at least noise_std/B.
@@ -26,7 +29,10 @@ _WIDEST = 1e100
 
 
 class Metric(Protocol):
-    """One number a unit, bounded; and what the noisy sum of them says."""
+    """One number a unit, bounded; and what the noisy sum of them says.
+
+    For guarantee, requirements and proof see the module.
+    """
 
     @property
     def name(self) -> str: ...
@@ -47,6 +53,8 @@ class Metric(Protocol):
 @dataclass(frozen=True)
 class Mean:
     """The mean of a number that lies in [lower, upper], such as a clamped loss.
+
+    For guarantee, requirements and proof see the module.
 
     Args:
       name: under which values are given and the estimate is told.
@@ -94,6 +102,8 @@ class Mean:
 class Count:
     """How many units of a batch have a property, such as being classified correctly.
 
+    For guarantee, requirements and proof see the module.
+
     Args:
       name: under which the property is given and the estimate is told.
       noise_std: standard deviation of the noise on the count; must exceed half the noise multiplier.
@@ -121,6 +131,8 @@ class Count:
 @dataclass(frozen=True)
 class ClippedCount:
     """How many units of a batch had their gradient scaled down; the engine knows it, and is told nothing.
+
+    For guarantee, requirements and proof see the module.
 
     Args:
       noise_std: standard deviation of the noise on the count; must exceed half the noise multiplier.

@@ -20,6 +20,12 @@ _STRATEGIES: dict[str, Callable[..., Any]] = {
     "BISR": lambda steps, bands: matrix.banded_inverse_square_root(steps, bands)[0],
     "BandMF": matrix.band_mf,
 }
+_NOISE: dict[str, Callable[..., accounting.Gaussian | accounting.DiscreteGaussian]] = {
+    "Gaussian": accounting.Gaussian,
+    "HardenedGaussian": accounting.Gaussian,
+    "DiscreteGaussian": accounting.DiscreteGaussian,
+    "Correlated": accounting.Gaussian,
+}
 Call = tuple[str, dict[str, Any]]
 
 
@@ -49,9 +55,9 @@ def _charge(plan: PlanRecord, sampler: Call, mechanism: Call) -> tuple[Event, in
     n, steps = plan.num_examples, plan.steps
     (kind, options), (noise, settings) = sampler, mechanism
     z = float(settings.get("noise_multiplier", math.nan))
-    if noise not in ("Gaussian", "Correlated"):
+    if noise not in _NOISE:
         return None
-    gaussian = accounting.Gaussian(noise_multiplier=z)
+    gaussian = _NOISE[noise](noise_multiplier=z)
     match kind:
         case "Poisson":
             rate = options["sample_rate"]
@@ -71,7 +77,7 @@ def _charge(plan: PlanRecord, sampler: Call, mechanism: Call) -> tuple[Event, in
         case "FixedOrder" if options["num_examples"] == n:
             size = options["batch_size"]
             apart = -(-n // size)
-            if noise == "Gaussian":
+            if noise != "Correlated":
                 return accounting.OnePass(event=gaussian), min(steps, apart), size
             strategy, bands = settings["strategy"]
             return _whole_run(z, _STRATEGIES[strategy](steps, **bands), steps, apart), steps, size

@@ -109,6 +109,7 @@ class TrainingRun:
       if_poisson: what the same numbers would be with Poisson batches, where batches are shuffled or fixed.
       caveats: what must be read with the guarantee.
       certified: whether nobody can repeat the noise; None where nothing says so, as for bare numbers.
+      noise_tier: how the noise is made, see ``dpkit.mechanisms.mechanism``.
     """
 
     release: Event
@@ -124,6 +125,7 @@ class TrainingRun:
     if_poisson: Event | None = None
     caveats: tuple[str, ...] = ()
     certified: bool | None = None
+    noise_tier: str = "default"
 
     @property
     def event(self) -> Event:
@@ -214,6 +216,7 @@ def from_plan(path: Path) -> TrainingRun:
         steps_per_release=plan.steps_per_event,
         caveats=stated.caveats,
         certified=said if isinstance(said := plan.facts.get("certified"), bool) else None,
+        noise_tier=str(plan.facts.get("noise_tier", "default")),
     )
 
 

@@ -2,8 +2,10 @@
 
 Guarantee: exit code 0 only if the hash chain is whole and no check failed, 4 otherwise. Nothing in the folder is
 changed, and a folder that cannot be written to can be verified: a ledger with a half-written charge in its journal,
-which SQLite would undo in the file, is looked at in a copy. ``run_checks.py`` says what is looked at, and what no check
-can show.
+which SQLite would undo in the file, is looked at in a copy.
+Requires: an anchor that was kept elsewhere, where files and ledger may have been forged or put back together.
+Why: every number is computed again from the verified ledger. ``run_checks.py`` says what is looked at, and what no
+check can show.
 
 The export holds every entry of the ledger. Anybody can compute its hash chain again, without dpkit:
 

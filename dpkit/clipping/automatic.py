@@ -1,6 +1,9 @@
 """Automatic clipping (AUTO-S and AUTO-V): every gradient is normalised, so that no threshold has to be found.
 
-Guarantee: each unit's gradient g·R/(‖g‖ + γ) has L2 norm at most R (strictly below it for γ > 0).
+Guarantee: each unit's gradient g·R/(‖g‖ + γ) has L2 norm at most R (strictly below it for γ > 0), and is 0 where its
+norm is not finite.
+Requires: a norm that is not below the true one (``rule.py``).
+Why: ‖g‖·R/(‖g‖ + γ) <= R.  Factors are cut to at most 2^20, which only makes them smaller.
 R only scales what the optimizer sees: with SGD it is part of the learning rate, with Adam it does not matter. So R = 1.
 Source: Bu et al. 2023, "Automatic Clipping: Differentially Private Deep Learning Made Easier and Stronger",
 https://arxiv.org/abs/2206.07136: γ = 0.01 is AUTO-S, γ = 0 is AUTO-V.
@@ -26,6 +29,8 @@ LARGEST_FACTOR = 2.0**20
 @dataclass(frozen=True)
 class Automatic(ClipRule):
     """Normalise each unit's gradient: AUTO-S; with ``gamma=0`` AUTO-V.
+
+    For guarantee, requirements and proof see the module.
 
     Args:
       max_grad_norm: R > 0, the norm that long gradients come to.

@@ -1,6 +1,10 @@
 """Flat clipping: one norm over all parameters, one bound.
 
-Guarantee: each unit's clipped gradient g·min(1, C/‖g‖) has L2 norm at most C over all parameters together.
+Guarantee: each unit's clipped gradient g·min(1, C/‖g‖) has L2 norm at most C over all parameters together, and is 0
+where its norm is not finite.
+Requires: a norm that is not below the true one (``rule.py``).
+Why: ‖g‖·min(1, C/‖g‖) = min(‖g‖, C), and a norm that is too large only makes the factor smaller.  The rounding of
+factors is covered by ``Plan.sensitivities``.
 Source: Abadi et al. 2016, "Deep Learning with Differential Privacy", Algorithm 1, https://arxiv.org/abs/1607.00133.
 """
 
@@ -22,7 +26,7 @@ _SMALLEST_FACTOR = 2.0**-100
 
 @dataclass(frozen=True)
 class Flat(ClipRule):
-    """Clip the whole gradient of a unit to ``max_grad_norm``.
+    """Clip the whole gradient of a unit to ``max_grad_norm``. For guarantee, requirements and proof see the module.
 
     Args:
       max_grad_norm: clipping norm C > 0, in gradient units.

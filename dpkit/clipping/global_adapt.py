@@ -4,6 +4,9 @@ Guarantee: each unit's scaled gradient has L2 norm at most C.  With a strict thr
 most Z is multiplied by C/Z; a longer one is left out (``Global``) or clipped to C (``GlobalAdapt``).  ``GlobalAdapt``
 moves Z so that a public share of the units lies above τ·Z: it asks of every batch how many do, a count of sensitivity 1
 that is released in the same event as the gradient.
+Requires: norms that are not below the true ones, and a count with enough noise (``Plan.noise_shares`` refuses less).
+Why: ‖g‖·C/Z <= C where ‖g‖ <= Z, and ‖g‖·C/‖g‖ = C beyond.  A unit adds 0 or 1 to the count.  Z was made of earlier
+releases alone, so it may depend on them as any later release may.
 
 Gradients are scaled down by C/Z, so the learning rate has to be larger than that of flat clipping.
 
@@ -36,6 +39,8 @@ _LARGEST_THRESHOLD = 2.0**60
 @dataclass(frozen=True)
 class Global(ClipRule):
     """Scale gradients of norm at most ``threshold`` by C/Z, and leave longer ones out.
+
+    For guarantee, requirements and proof see the module.
 
     Args:
       max_grad_norm: C > 0, the norm that a gradient of norm Z comes to.
@@ -74,6 +79,8 @@ class GlobalState(NamedTuple):
 @dataclass(frozen=True)
 class GlobalAdapt(ClipRule):
     """Scale gradients of norm at most Z by C/Z and clip longer ones to C; Z follows the norms.
+
+    For guarantee, requirements and proof see the module.
 
     After each step Z is multiplied by exp(-learning_rate + share), where ``share`` is the released number of units with
     a norm above ``tolerance``·Z over the expected batch size: at rest the share is ``learning_rate``.

@@ -7,6 +7,11 @@ vector of norm 1.  From the released counts m_k (above) and o_k (not above), non
 
     r_k = m_k/(m_k + o_k)  (1 where both are 0),       C_k = C_0·(1 + r_k / mean_j r_j).
 
+Requires: norms that are not below the true ones, labels that depend on their unit alone (nobody can check this; the
+statement says so), and counts with enough noise (``Plan.noise_shares`` refuses less).
+Why: each unit is clipped as in ``flat.py`` to its group's bound, and no group's bound is above the largest.  One 1 in a
+vector of 2K cells has norm 1.  The bounds were made of earlier releases alone.
+
 The label of a unit is part of its record.  Thresholds of a step come from the counts that were released with the step
 before; the authors' code counts and clips the same batch, which would take a second pass over it.
 
@@ -33,6 +38,8 @@ from .rule import ClipRule, Setting
 @dataclass(frozen=True)
 class GroupAdaptive(ClipRule):
     """Clip the units of each group to a bound of its own, learnt from noisy counts.
+
+    For guarantee, requirements and proof see the module.
 
     Args:
       max_grad_norm: C_0 > 0, the base bound; bounds lie between C_0 and (1 + K)·C_0.

@@ -3,6 +3,9 @@
 Guarantee: a unit's gradient has L2 norm at most C: one of norm below C is left alone, and of a longer one EVERY layer
 is normalised to exactly C_k with Σ C_k² = C², the short layers scaled up.  Layers have no bounds of their own (a
 gradient of norm below C may lie in one layer alone), so the noise is the same on every coordinate.
+Requires: norms of each layer that are not below the true ones (``rule.py``).
+Why: where the norm of the whole is below C, factors are 1; else no layer is longer than C_k, so that the whole is not
+longer than √(Σ_k C_k²) = C.  Factors are cut to at most 2^20, which leaves a layer shorter.
 
 Source: Pelikan et al. 2025, "Enabling Differentially Private Federated Learning for Speech Recognition",
 https://arxiv.org/abs/2310.00098; its definition 3 clips each layer (``PerLayer``), its published code does this.
@@ -26,6 +29,8 @@ from .rule import ClipRule, Setting
 @dataclass(frozen=True)
 class NormalizeIfExceeds(ClipRule):
     """Leave gradients of norm below ``max_grad_norm`` alone, and normalise every layer of the others.
+
+    For guarantee, requirements and proof see the module.
 
     Args:
       max_grad_norm: C > 0.

@@ -1,9 +1,12 @@
 """Per-layer clipping: each layer of the model has a bound of its own.
 
 Guarantee: each unit's gradient of layer k, g_k·min(1, C_k/‖g_k‖), has L2 norm at most C_k, so the whole clipped
-gradient has norm at most √(Σ_k C_k²).  A layer's factor needs that layer's norm alone, so the backward pass can clip a
-layer and forget its gradients before it comes to the next one: memory is that of training without privacy and one layer
-more.
+gradient has norm at most √(Σ_k C_k²).
+Requires: norms of each layer that are not below the true ones (``rule.py``).
+Why: each layer is clipped as in ``flat.py``, and squared norms of the layers add up.
+
+A layer's factor needs that layer's norm alone, so the backward pass can clip a layer and forget its gradients before it
+comes to the next one: memory is that of training without privacy and one layer more.
 Source: He et al. 2023, "Exploring the Limits of Differentially Private Deep Learning with Group-wise Clipping",
 https://arxiv.org/abs/2212.01539.
 """
@@ -34,6 +37,8 @@ class Layers(NamedTuple):
 @dataclass(frozen=True)
 class PerLayer(SeparableRule):
     """Clip the gradient of each layer separately; a layer is the module that owns the parameters.
+
+    For guarantee, requirements and proof see the module.
 
     Args:
       max_grad_norm: the bound C of the whole gradient, split among the K layers; or one bound C_k for each layer, in

@@ -10,6 +10,10 @@ plan pays for, the bits take 1/(2σ_b)², and the gradient has noise multiplier 
 
 with B the expected batch size, a public constant.
 
+Requires: norms that are not below the true ones, and bits with enough noise (``Plan.noise_shares`` refuses less).
+Why: each unit is clipped as in ``flat.py``; the bits of a unit are a vector of K numbers ±½, of norm √K/2; what both
+cost adds up to 1/z² (``mechanisms/gaussian.py``).  C_t was made of earlier releases alone.
+
 Source: Andrew et al. 2021, "Differentially Private Learning with Adaptive Clipping", https://arxiv.org/abs/1905.03871,
 Algorithm 1. Per layer: He et al. 2023, https://arxiv.org/abs/2212.01539; the layers' estimates Q_k split a fixed bound,
 C_k = C·Q_k/‖Q‖, so that the total noise is controlled.
@@ -54,6 +58,8 @@ class Estimates(NamedTuple):
 class Quantile(ClipRule):
     """Flat clipping whose bound follows a quantile of the gradient norms.
 
+    For guarantee, requirements and proof see the module.
+
     Args:
       max_grad_norm: C > 0 at the start.
       quantile: γ in (0, 1), the share of norms that should lie below C.
@@ -97,6 +103,8 @@ class Quantile(ClipRule):
 @dataclass(frozen=True)
 class PerLayerQuantile(SeparableRule):
     """Per-layer clipping whose split follows a quantile of each layer's gradient norms; the total bound is fixed.
+
+    For guarantee, requirements and proof see the module.
 
     Args:
       max_grad_norm: C > 0, the bound of the whole gradient; layer k gets C·Q_k/‖Q‖.

@@ -1,9 +1,13 @@
 """What a clipping rule is: norms in, factors out, and nothing else known.
 
-A rule never sees a gradient, a backend, noise or a rank.  Its promise, tested for every member: scaled by the factors,
-the part of a unit's gradient that lies in group k has L2 norm at most ``bounds(state)[k]`` (or, of a rule with one
-bound, the whole gradient has at most that norm), whatever the norms are; and what a unit adds, its factor and its
-answers, depends on that unit alone.
+A rule never sees a gradient, a backend, noise or a rank.
+
+Guarantee: scaled by the factors, the part of a unit's gradient that lies in group k has L2 norm at most
+``bounds(state)[k]`` (or, of a rule with one bound, the whole gradient has at most that norm), whatever the norms are;
+and what a unit adds, its factor and its answers, depends on that unit alone.  Tested for every member.
+Requires: norms that are never below the true ones, and a state that was made of released answers alone.
+Why: neighbours' sums then differ in the terms of one unit, and the largest size of these is a public number that was
+known before the batch was drawn.  Each member's module has the proof of its bound.
 
 A rule may learn: it asks bounded questions about each batch, and moves its state by the RELEASED answers.  They are
 released in the same event as the gradient, so what is learnt in one step serves from the next step on.
@@ -35,7 +39,7 @@ class Setting(NamedTuple):
 
 
 class ClipRule(Protocol):
-    """Turns per-unit gradient norms into per-unit factors.
+    """Turns per-unit gradient norms into per-unit factors. For guarantee, requirements and proof see the module.
 
     Shapes: K groups, B units; B is the batch in hand and is private.
     """
@@ -89,6 +93,8 @@ class ClipRule(Protocol):
 @runtime_checkable
 class SeparableRule(ClipRule, Protocol):
     """A rule whose factor for a group is a function of that group's norm alone.
+
+    For guarantee, requirements and proof see the module.
 
     The backward pass can then clip a group as soon as its gradients are complete, and keep none of them.
     """

@@ -31,10 +31,11 @@ from dpkit.errors import (
 from dpkit.gradients import Capture, PerSample, ghost, places_of, trainable
 from dpkit.mechanisms import RunKey
 from dpkit.metrics import ClippedCount
-from dpkit.types import Released
+from dpkit.types import Named, Released
 
 from .arguments import Place, listed
 from .batch import structure
+from .canaries import Canaries
 from .checkpoint import Checkpoint
 from .contents import ModelContents, optimizer_layout, same_bits
 from .guards import (
@@ -81,6 +82,7 @@ class Attachment:
       population: number of units of the data set.
       callbacks: who is told what happens.
       lock: of the run folder, held; given back when the attachment ends.
+      canaries: made-up units that ride along, see :mod:`dpkit.engine.canaries`.
     """
 
     def __init__(
@@ -97,9 +99,11 @@ class Attachment:
         population: int,
         callbacks: Iterable[Callback],
         lock: FileLock,
+        canaries: Canaries | None = None,
     ) -> None:
         self.plan = plan
         self.population = population
+        self.canaries = canaries
         self.capture: Capture | None = None
         self.batches: PrivateLoader | None = None
         self.steps_taken = 0
@@ -268,9 +272,8 @@ class Attachment:
     ) -> None:
         """A microbatch comes, of ``real`` units and padding; see :meth:`ClippedAccumulator.open`."""
         if self._sum is None:
-            self._sum = ClippedAccumulator(
-                self.plan, self._state.rule, dict(self._parameters), self._microbatches, self._questions
-            )
+            places: Named = dict(self._parameters) | ({} if self.canaries is None else self.canaries.place)
+            self._sum = ClippedAccumulator(self.plan, self._state.rule, places, self._microbatches, self._questions)
         self._sum.open(real, scale, labels=labels, values=values)
 
     @property
@@ -296,7 +299,12 @@ class Attachment:
                 f"the batch was drawn for step {self._step + 1} of the plan, and the ledger has just charged step "
                 f"{receipt.step}: something else charges this plan. Nothing was released."
             )
-        released = release(clipped.result(), self.plan, self._state, receipt, self._run_key)
+        if self.canaries is None:
+            released = release(clipped.result(), self.plan, self._state, receipt, self._run_key)
+        else:
+            self.canaries.join(clipped, self._state.rule)
+            result = clipped.result()
+            released = release(result, self.plan, self._state, receipt, self._run_key, self.canaries.take)
         self.steps_taken += 1
         self.steps_into_pass += 1
         self._unused = True

@@ -63,7 +63,8 @@ def choose_mechanism(
 
 
 def _multipliers(record: PlanRecord) -> list[float]:
-    """The noise multipliers of the Gaussian releases in the plan's event."""
+    """The noise multipliers of the Gaussian releases, continuous or discrete, in the plan's event."""
     atoms = [atom for atom, _ in accounting.normal_form(record.event)]
-    inner = [atom if isinstance(atom, accounting.Gaussian) else getattr(atom, "event", None) for atom in atoms]
-    return [event.noise_multiplier for event in inner if isinstance(event, accounting.Gaussian)]
+    events = [*atoms, *(getattr(atom, "event", None) for atom in atoms)]
+    noise = (accounting.Gaussian, accounting.DiscreteGaussian)
+    return [event.noise_multiplier for event in events if isinstance(event, noise)]

@@ -11,6 +11,11 @@ Guarantees:
   * Copies and pickles of the model are plain models. The model itself stays attached until ``engine.detach()``: losing
     the engine must not turn a private loop into one without privacy.
 
+Requires: numbers in the plan that are public, a data set that holds each unit once, and a loop and ``collate_fn`` that
+treat each row by itself.
+Why: batch, gradients, charge and release meet in one attachment, which knows one order of events; every other order is
+refused. ``plan.py`` and ``step.py`` have the sums, ``mechanisms`` and ``accounting`` what they cost.
+
 Not promised: what the user's own loop and ``collate_fn`` do. A loss or a collation that mixes examples, rows that are
 reordered, a weighted mean under ``loss_reduction="mean"``, or other data than the batch handed out are beyond the
 neighbour probe, which sees the model (in the functional form the loss as well); the statement lists what is assumed.
@@ -35,7 +40,7 @@ from dpkit.clipping import ClipRule, Flat
 from dpkit.errors import BudgetExceeded, CheckpointError, InvalidArgument, LedgerError, OutOfOrder
 from dpkit.filters import Filter
 from dpkit.gradients import Backend, ghost, trainable
-from dpkit.mechanisms import Gaussian, Mechanism, RunKey
+from dpkit.mechanisms import DiscreteGaussian, Gaussian, HardenedGaussian, Mechanism, RunKey, Tier
 from dpkit.metrics import Count, Mean, Metric
 from dpkit.run_folder import RunFolder
 from dpkit.sampling import Poisson, Sampler, TruncatedPoisson, unit_of
@@ -46,6 +51,7 @@ from .attachment import Attachment, attached_to, check_reduction
 from .autosave import Autosave
 from .batch import Batch, take
 from .calibration import choose_mechanism
+from .canaries import Canaries
 from .checkpoint import Checkpoint, Manifest
 from .guards import refuse_model, refuse_optimizer
 from .loader import Draws, Loading, PrivateLoader, filled, microbatch_rows
@@ -70,7 +76,7 @@ _LOOP_CAVEAT = (
 
 
 class PrivacyEngine:
-    """One training run under differential privacy.
+    """One training run under differential privacy. For guarantee, requirements and proof see the module.
 
     Args:
       run_dir: folder of this run; made if missing. Holds ``ledger.sqlite`` unless ``ledger`` says otherwise.
@@ -142,8 +148,12 @@ class PrivacyEngine:
         :meth:`autosave`.
 
         The ledger decides what may still be done. Steps that were charged after the checkpoint stay charged, so a run
-        that was killed ends with as many fewer steps (:attr:`steps_left`). Sampling and noise use fresh keys. A copy of
-        a run folder has a ledger of its own, which knows nothing of what the original spends: go on in one of them.
+        that was killed ends with as many fewer steps (:attr:`steps_left`).
+
+        Guarantee: what was charged stays charged, and no noise and no draw is repeated.
+        Requires: the newest ledger of the run, which its checkpoint, the note beside it and your own anchors tell. A
+        copy of a run folder has a ledger of its own, which knows nothing of what the original spends: go on in one.
+        Why: sampling and noise use fresh keys; a checkpoint's anchor must be in the ledger, and the ledger counts.
 
         Args:
           checkpoint: name of a file in ``RUN/checkpoints``; the newest when left out.
@@ -198,12 +208,19 @@ class PrivacyEngine:
         loss_reduction: Reduction = "none",
         rows_per_unit: int = 1,
         probe_batch: Batch | None = None,
+        canaries: Canaries | None = None,
     ) -> tuple[Model, Optimizer, PrivateLoader]:
         """Attach to a training loop that exists. The same model and optimizer come back, with a private loader.
 
-        Unless the engine was given a seed, torch's own generators get a secret state, so that nobody knows what dropout
-        and augmentations draw: a ``torch.manual_seed`` before this call serves the initialisation of the model, and one
-        after it would undo that.
+        Unless the engine was given a seed, the global generators of torch, Python and numpy get a secret state, so that
+        nobody knows what dropout and augmentations draw: a ``torch.manual_seed`` before this call serves the
+        initialisation of the model, and one after it would undo that. The loader's own ``generator`` is not used.
+
+        Guarantee: what later reaches ``p.grad`` is private as the plan says that these arguments make. In here nothing
+        is charged, and of the data nothing decides but its size and the structure of one item.
+        Requires: a loop that keeps to what the statement lists as assumed; a public ``num_examples``, or none.
+        Why: what the engine cannot cover is refused here, by name; :class:`~dpkit.engine.plan.Plan` and
+        :meth:`backward` have the rest.
 
         Args:
           model: trainable parameters must all have per-sample gradient rules.
@@ -229,6 +246,7 @@ class PrivacyEngine:
             units=...)`` says which example each of them belongs to.
           probe_batch: a public or synthetic batch as ``collate_fn`` returns it; gives the structure of a batch when the
             data set is empty.
+          canaries: made-up units that ride along for an audit of this run: ``dpkit.audit.Canaries``.
         Raises:
           dpkit.errors.Refused: when something would break the guarantee; the message names it and the way out.
           dpkit.errors.InvalidArgument: for values outside their domain.
@@ -309,7 +327,14 @@ class PrivacyEngine:
                 'several rows of a unit need one loss for each, loss_reduction="none".'
             )
         attached = self._attach(
-            model, optimizer, plan, loading, draws.microbatches, target_epsilon=target_epsilon, caveats=[_LOOP_CAVEAT]
+            model,
+            optimizer,
+            plan,
+            loading,
+            draws.microbatches,
+            target_epsilon=target_epsilon,
+            caveats=[_LOOP_CAVEAT],
+            canaries=canaries,
         )
         attached.capture_loop(loss_reduction, rows_per_unit)
         private_loader = PrivateLoader(
@@ -337,17 +362,23 @@ class PrivacyEngine:
         max_physical_batch_size: int | None = None,
         labels: Callable[[Batch], Tensor] | None = None,
         probe_batch: Batch | None = None,
+        canaries: Canaries | None = None,
     ) -> Callable[[Batch], None]:
         """The functional form: a step function for a loop written from scratch.
 
         ``for batch in engine.batches(): step(batch)`` trains for ``plan.steps`` steps. The step cuts the batch into
         microbatches of ``max_physical_batch_size`` rows itself, so that it needs no truncation.
 
+        Guarantee: as of :meth:`make_private`, and ``loss_fn`` has passed the neighbour probe as well.
+        Requires: a ``collate_fn`` that keeps rows apart and in order, a plan whose numbers are public.
+        Why: as of :meth:`make_private`; in here the step does what :meth:`backward` does.
+
         Args:
           loss_fn: ``loss_fn(model, batch) -> (B,)``, one loss per example.
           labels: ``labels(batch) -> (B,)``, the label of each unit, for a clipping rule that needs them.
           backend: ``dpkit.ghost`` (book-keeping) or ``dpkit.vmap`` (functorch; slower, takes any differentiable model).
           probe_batch: a public batch for the neighbour probe; left out, a synthetic one is made.
+          canaries: made-up units that ride along for an audit of this run: ``dpkit.audit.Canaries``.
         Returns: ``step(batch)``, which clips, charges, releases and steps the optimizer.
         Raises:
           dpkit.errors.Refused: when something would break the guarantee; the message names it and the way out.
@@ -375,7 +406,9 @@ class PrivacyEngine:
                 probed.add(mode)
 
         probe_new_mode()
-        attached = self._attach(model, optimizer, plan, loading, -(-largest // chunk), caveats=[_COLLATE_CAVEAT])
+        attached = self._attach(
+            model, optimizer, plan, loading, -(-largest // chunk), caveats=[_COLLATE_CAVEAT], canaries=canaries
+        )
         attached.batches = PrivateLoader(
             loading,
             Draws(plan.sampler, len(dataset), self._run_key, None),
@@ -428,6 +461,13 @@ class PrivacyEngine:
     def backward(self, losses: Tensor, *, units: Tensor | None = None, labels: Tensor | None = None) -> None:
         """Differentiate, clip and, with the last microbatch of a logical batch, charge and release into ``p.grad``.
 
+        Guarantee: ``p.grad`` holds a release that was charged, durably, before its noise was drawn; or an error is
+        raised and nothing was released.
+        Requires: ``losses`` whose row b was computed from row b alone, on the batch in hand (tested once, on one batch,
+        between the model's outputs and the losses); units and labels that are right, which nobody can check.
+        Why: units are joined before the clip, the sum is a :class:`~dpkit.engine.step.ClippedAccumulator`'s, and
+        :func:`~dpkit.engine.step.release` gives noise for the receipt of the charge alone.
+
         Args:
           losses: (B,), one loss per row of the batch in hand; or the mean or sum of them, as ``loss_reduction``
             says.
@@ -463,6 +503,10 @@ class PrivacyEngine:
         With another name it is a release of its own, charged as a plan of its own in the ledger, which must have room
         for it (``budget=``): ``values`` holds one number for every unit of the whole data set. Returns the estimate.
 
+        Guarantee: the estimate was paid for before its noise was drawn, in the step's event or in a plan of its own.
+        Requires: the value of each unit depends on that unit alone. Nobody can check this; the statement says so.
+        Why: values are clamped and centred (``dpkit.metrics``), so that one unit moves their sum by half the range.
+
         Args:
           values: clamped to the range; NaN adds nothing.
           lower, upper: the range, of a release of its own.
@@ -487,6 +531,8 @@ class PrivacyEngine:
 
         As :meth:`release_mean`: with a name of the plan's ``metrics``, ``values`` (B,) says of each unit of the batch
         in hand whether it has the property; otherwise of every unit of the whole data set.
+
+        Guarantee, Requires, Why: as of :meth:`release_mean`; a unit moves the count by ½ around the middle.
 
         Args:
           values: boolean, or numbers of which 0 means no.
@@ -532,7 +578,8 @@ class PrivacyEngine:
                 f"{metric.name!r} cannot be released before the first step of the run: it would use up budget that the "
                 "run was promised. Release it after the first step."
             )
-        mechanism, plan = Gaussian(noise_multiplier), self.plan
+        plan = self.plan
+        mechanism = _INDEPENDENT[plan.mechanism.tier](noise_multiplier)
         beside = attached.record.plan_id
         record = query_record(plan, metric, mechanism, beside=beside, certified=self._run_key.certified)
         total = metric.contributions(values).sum(dtype=torch.float64)[None]
@@ -579,11 +626,17 @@ class PrivacyEngine:
 
         With releases of their own (:meth:`release_mean`) it is the sum with theirs, and holds at the sum of their δ, as
         :meth:`statement` says.
+
+        Guarantee, Requires, Why: as of ``accounting.epsilon`` for the charged event; ``upper`` is the bound, and of a
+        run that was stopped because of what was seen, only the committed one of :meth:`statement` is.
         """
         return self._require_attached().spent()[0]
 
     def statement(self) -> Statement:
-        """What may be claimed for everything that the ledger has paid for."""
+        """What may be claimed for everything that the ledger has paid for.
+
+        Guarantee, Requires, Why: as of ``accounting.statement``.
+        """
         return accounting.statement(self.ledger)
 
     # -- saving -------------------------------------------------------------------------------------------------------
@@ -591,9 +644,10 @@ class PrivacyEngine:
     def save(self, **states: Any) -> Path:
         """Write a checkpoint of the run as it stands between two logical steps; returns its path.
 
-        It holds the parameters and buffers of the model, the optimizer, the clipping rule, the filters, and the plan:
-        nothing that is not public or released, so it may be published like the model. That must hold for ``states``
-        too.
+        Guarantee: it holds the parameters and buffers of the model, the optimizer, the clipping rule, the filters, and
+        the plan: nothing that is not public or released, so it may be published like the model. No key is in it.
+        Requires: the same of ``states``, which nobody can check.
+        Why: each of these is a function of releases; buffers and frozen parameters that something wrote to are refused.
 
         Args:
           states: objects with ``state_dict()`` and ``load_state_dict()``, by name: ``save(scheduler=scheduler)``.
@@ -724,6 +778,7 @@ class PrivacyEngine:
         *,
         caveats: list[str],
         target_epsilon: float | None = None,
+        canaries: Canaries | None = None,
     ) -> Attachment:
         if self._attached is not None:
             raise OutOfOrder(
@@ -750,6 +805,8 @@ class PrivacyEngine:
         record = plan_record(
             plan, setting=setting, certified=self._run_key.certified, caveats=caveats, target_epsilon=target_epsilon
         )
+        if canaries is not None:
+            canaries.begin(plan, next(iter(parameters.values())).device)
         if self._checkpoint is not None:
             record = continued(self._checkpoint.manifest.plan, record)
         if self._checkpoint is None and checkpoints.names(self._folder):
@@ -782,9 +839,10 @@ class PrivacyEngine:
                 population=len(loading.dataset),
                 callbacks=self._callbacks,
                 lock=lock,
+                canaries=canaries,
             )
             if self._run_key.certified:
-                self._run_key.seed_torch()
+                self._run_key.seed_global_generators()
             if self._checkpoint is not None:
                 attached.resume(self._checkpoint)
                 attached.unrestored = _names_of_users(self._checkpoint)
@@ -850,6 +908,14 @@ class PrivacyEngine:
                 f"({self._budget}) afterwards. Leave budget= out."
             )
         return self._ledger
+
+
+_INDEPENDENT: dict[Tier, Callable[[float], Mechanism]] = {
+    "default": Gaussian,
+    "hardened": HardenedGaussian,
+    "exact": DiscreteGaussian,
+}
+"""The noise of a release beside the steps, made as carefully as theirs."""
 
 
 def _refuse_other_batch_size(sampler: Sampler, batch_size: int, num_examples: int) -> None:

@@ -52,11 +52,10 @@ class Draw:
 
 
 ROW_MULTIPLE = 16
-"""Matrix kernels treat the last rows of a product differently, and which ones these are depends on the number of "
-"rows. One
-example more would then change the rounding of all others, and with it, where an example sits on a tie, its gradient.
-Row counts in steps of 16 leave next to no neighbours with different counts. A mitigation: no proof covers rounding
-forward."""
+"""Matrix kernels treat the last rows of a product differently, and which ones these are depends on the number of rows.
+One example more would then change the rounding of all others, and with it, where an example sits on a tie, its
+gradient. Row counts in steps of 16 leave next to no neighbours with different counts. A mitigation: no proof covers
+rounding forward."""
 
 
 def filled(rows: int) -> int:
@@ -202,10 +201,10 @@ class Loading:
                 f"the DataLoader samples with {type(loader.sampler).__name__}; dpkit draws every example with the same "
                 "probability (Poisson), so this sampler's choice would be lost. Remove it, and make_private again."
             )
+        # Not its generator, which would seed the workers with what somebody knows; the draws are not its own anyway.
         options = {
             "num_workers": loader.num_workers,
             "pin_memory": loader.pin_memory,
-            "generator": loader.generator,  # seeds the workers, not the draws
             "timeout": loader.timeout,
             "worker_init_fn": loader.worker_init_fn,
             "multiprocessing_context": loader.multiprocessing_context,

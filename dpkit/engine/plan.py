@@ -37,6 +37,10 @@ _UNIT_ROUNDOFF = 2.0**-24  # of float32, in which clipped sums are formed and ke
 class Plan:
     """What is promised, fixed before the first release.
 
+    Guarantee: :attr:`event`, repeated over the planned steps, covers what a run of this plan releases.
+    Requires: that the run is made by the engine, which derives sampler, sum, noise and charge from this object.
+    Why: sampler and mechanism state the event of what they do, with the fields that they do it with.
+
     Args:
       sampler: how the units of a step are drawn; owns the sample rate q.
       clip: how far one unit may move the sum; owns the clipping norm C.
@@ -132,6 +136,10 @@ class Plan:
         A question with sensitivity Δ and noise of standard deviation std takes (scale·Δ/std)² of it, where scale is the
         standard deviation of the mechanism's noise per unit of sensitivity; what is left is the gradient's.
 
+        Guarantee: gradient and questions together cost what the mechanism's event says.
+        Requires: nothing; what would leave the gradient less than a hundredth is refused.
+        Why: the shares are positive and add up to 1; ``mechanisms/gaussian.py`` has the sum over queries and groups.
+
         Raises:
           InvalidArgument: the questions have so little noise that hardly anything is left for the gradient, or a
             number that is no noise.
@@ -164,8 +172,11 @@ class Plan:
     def sensitivity_of(self, question: Question, *, whole: bool = False) -> float:
         """L2 sensitivity of the sum of the answers, which is formed in float64.
 
-        Each of two neighbouring sums of at most n vectors is off by at most (n + 8)·u·n times their bound, u = 2^-53
-        (Higham 2002, section 4.2).
+        Guarantee: the computed sums of two neighbours are at most this far apart.
+        Requires: answers of norm at most the question's bound (``ClippedAccumulator`` scales them), and batches of at
+        most ``largest_batch`` units.
+        Why: the exact sums differ by one bound, or by two where a unit is replaced. Each of two neighbouring sums of at
+        most n vectors is off by at most (n + 8)·u·n times their bound, u = 2^-53 (Higham 2002, section 4.2).
 
         Args:
           whole: whether the sum is over the whole data set, and not over a batch.
@@ -177,8 +188,11 @@ class Plan:
     def sensitivities(self, bounds: list[float], additions: int) -> dict[int, float]:
         """Group -> L2 sensitivity of the clipped sum as it is computed, rounding included.
 
-        One unit moves the exact sum by at most C under add/remove and zero-out, and by 2C when it is replaced. The sums
-        of two neighbours are each computed in float32 with chains of at most ``ROUNDING_CHAIN`` additions, plus
+        Guarantee: the computed sums of two neighbours are at most this far apart in each group.
+        Requires: clipped gradients of norm at most ``bounds``, batches of at most ``largest_batch`` units, and
+        sums that are formed as ``gradients/arithmetic.py`` says.
+        Why: one unit moves the exact sum by at most C under add/remove and zero-out, and by 2C when it is replaced. The
+        sums of two neighbours are each computed in float32 with chains of at most ``ROUNDING_CHAIN`` additions, plus
         ``additions`` more to join microbatches, over at most n = ``largest_batch`` vectors of norm at most C; each is
         therefore off by at most (chain + additions + 8)·u·n·C, u = 2^-24 (Higham 2002, section 4.2), where the 8 covers
         the rounding of the clipping factors. Both errors are added to the distance.
@@ -193,7 +207,10 @@ class Plan:
         return {group: bound * (self._moved + rounding) for group, bound in enumerate(bounds)}
 
     def epsilon(self, steps: int | None = None) -> accounting.Bound:
-        """ε after ``steps`` steps (all planned ones when left out) at the plan's δ."""
+        """ε after ``steps`` steps (all planned ones when left out) at the plan's δ.
+
+        Guarantee, Requires, Why: as of ``accounting.epsilon``, for what the plan's first ``steps`` steps release.
+        """
         event = self.event_of(self.steps if steps is None else steps)
         return accounting.epsilon(event, self.delta, relation=self.relation)
 

@@ -6,18 +6,22 @@ import math
 
 import torch
 
-import accounting
 from accounting import PlanRecord
 from accounting.records import Fact
 from dpkit.clipping import Setting
-from dpkit.errors import CheckpointError
+from dpkit.errors import CheckpointError, InvalidArgument
 from dpkit.filters import FilterOf
-from dpkit.mechanisms import Gaussian
+from dpkit.mechanisms import Mechanism, Tier
 from dpkit.metrics import ClippedCount, Metric
 from dpkit.version import __version__
 
 from .plan import Plan
 
+_GENERATORS: dict[Tier, str] = {
+    "default": "torch, {seeded}; not cryptographic",
+    "hardened": "ChaCha20, {seeded}; Gaussian in double precision, rounded to a grid",
+    "exact": "ChaCha20, {seeded}; discrete Gaussian in integer arithmetic",
+}
 _GUARANTEE = ("event", "steps_per_event", "steps", "delta", "relation", "unit", "num_examples")
 # What may differ when a run goes on: it is another process, and perhaps another machine.
 _MAY_DIFFER = ("certified", "certified_reason", "noise_generator", "torch_version", "dpkit_version")
@@ -39,9 +43,10 @@ def plan_record(
         "sampler": _words(plan.sampler),
         "expected_batch_size": plan.expected_batch,
         "mechanism": _words(plan.mechanism),
+        "noise_tier": plan.mechanism.tier,
         "filters": [_filter_words(filter_) for filter_ in plan.filters],
         "target_epsilon": target_epsilon,
-        **_of_the_process(certified),
+        **_of_the_process(plan.mechanism.tier, certified),
         "caveats": [*caveats, *_assumed(plan)],
     }
     if plan.metrics:
@@ -65,14 +70,14 @@ def _assumed(plan: Plan) -> list[str]:
     return [f"Assumed: the {what} of each {plan.unit} depends on that {plan.unit} alone." for what in given]
 
 
-def query_record(plan: Plan, metric: Metric, mechanism: Gaussian, *, beside: str, certified: bool) -> PlanRecord:
+def query_record(plan: Plan, metric: Metric, mechanism: Mechanism, *, beside: str, certified: bool) -> PlanRecord:
     """What the ledger keeps of a number over the whole data set that is released beside the steps of ``plan``.
 
     Args:
       beside: the id of the plan.
     """
     return PlanRecord(
-        event=accounting.Gaussian(noise_multiplier=mechanism.noise_multiplier),
+        event=mechanism.event(plan.participation),
         steps=1,
         delta=plan.delta,
         relation=plan.relation,
@@ -82,7 +87,8 @@ def query_record(plan: Plan, metric: Metric, mechanism: Gaussian, *, beside: str
             "release": f"{metric.name!r}, over the whole data set",
             "beside": beside,
             "mechanism": _words(mechanism),
-            **_of_the_process(certified),
+            "noise_tier": mechanism.tier,
+            **_of_the_process(mechanism.tier, certified),
             "caveats": [
                 f"Assumed: the value of each {plan.unit} for {metric.name!r} depends on that {plan.unit} alone."
             ],
@@ -90,13 +96,16 @@ def query_record(plan: Plan, metric: Metric, mechanism: Gaussian, *, beside: str
     )
 
 
-def _of_the_process(certified: bool) -> dict[str, Fact]:
+def _of_the_process(tier: Tier, certified: bool) -> dict[str, Fact]:
+    seeded = (
+        "seeded with 256 bits by the operating system"
+        if certified
+        else "seeded by the user; whoever knows the seed can repeat it"
+    )
+    if tier not in _GENERATORS:
+        raise InvalidArgument(f"tier of the mechanism is {tier!r}; it is one of {', '.join(_GENERATORS)}.")
     return {
-        "noise_generator": (
-            "torch, seeded with 256 bits by the operating system; not cryptographic"
-            if certified
-            else "torch, seeded by the user; whoever knows the seed can repeat it; not cryptographic"
-        ),
+        "noise_generator": _GENERATORS[tier].format(seeded=seeded),
         "certified": certified,
         "certified_reason": None if certified else "seeded: whoever knows the seed can remove the noise",
         "torch_version": str(torch.__version__),
@@ -128,10 +137,11 @@ def continued(saved: PlanRecord, now: PlanRecord) -> PlanRecord:
         for name in _GUARANTEE
         if getattr(saved, name) != getattr(now, name)
     ]
+    before: dict[str, Fact] = {"noise_tier": "default"} | saved.facts  # older records knew no other
     differences += [
-        f"{name} was {saved.facts.get(name)!r} and is {now.facts.get(name)!r}"
-        for name in sorted(saved.facts.keys() | now.facts.keys())
-        if name not in _MAY_DIFFER and saved.facts.get(name) != now.facts.get(name)
+        f"{name} was {before.get(name)!r} and is {now.facts.get(name)!r}"
+        for name in sorted(before.keys() | now.facts.keys())
+        if name not in _MAY_DIFFER and before.get(name) != now.facts.get(name)
     ]
     if differences:
         raise CheckpointError(

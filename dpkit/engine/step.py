@@ -9,7 +9,7 @@ Guarantees (Laws 1, 3, 4 and 7 of the design):
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, cast
@@ -50,6 +50,13 @@ class BatchDiagnostics:
 
 class ClippedAccumulator:
     """The clipped sum of one logical batch and the answers to what is asked beside it, built up over its microbatches.
+
+    Guarantee: one unit moves :meth:`result` by at most the sensitivities that stand in it, rounding included; padding
+    and units whose gradient is not finite add nothing, neither to the sum nor to an answer.
+    Requires: per-sample gradients that depend on their unit alone (the backend's promise, and the neighbour probe's
+    test), norms that are not below the true ones, at most ``microbatches`` microbatches.
+    Why: each unit adds factor·gradient, of norm at most the rule's bound, and answers that are scaled to theirs; what
+    is not finite is left out, not multiplied by 0; ``Plan.sensitivities`` has the rounding.
 
     Args:
       plan: whose rule clips.
@@ -151,6 +158,13 @@ class ClippedAccumulator:
         self.diagnostics.units += self._real
         self.diagnostics.dropped += dropped
         self.diagnostics.clipped += 0 if self._clipped is None else int(self._clipped.sum())
+
+    def join(self, gradients: PerSample, units: int) -> None:
+        """Clip and add units that are not of the data: no diagnostics count them."""
+        counted, self.diagnostics = self.diagnostics, BatchDiagnostics()
+        self.open(units)
+        self.add(gradients)
+        self.diagnostics = counted
 
     def _add_all(self, gradients: PerSample) -> Tensor:
         norms = self._norms(gradients) * self._scale
@@ -310,11 +324,24 @@ class StepState:
         )
 
 
-def release(clipped: ClippedSum, plan: Plan, state: StepState, receipt: Receipt, run_key: RunKey) -> Released:
+def release(
+    clipped: ClippedSum,
+    plan: Plan,
+    state: StepState,
+    receipt: Receipt,
+    run_key: RunKey,
+    take: Callable[[Released], Released] = lambda released: released,
+) -> Released:
     """Add noise, divide by the expected batch size, filter. Updates ``state``.
+
+    Guarantee: what comes back is a function of one release of the mechanism, for which ``receipt`` paid.
+    Requires: sensitivities in ``clipped`` that hold; a state that was made of earlier releases alone.
+    Why: the key of the noise exists only in exchange for the receipt; q·N, by which sums are divided, is public; rule
+    and filters see nothing but the mechanism's output (post-processing).
 
     Args:
       receipt: of the charge for this step, which is on the disk: a crash in here over-counts, never under-counts.
+      take: takes out of the release what no filter and no parameter is there for.
     Raises:
       accounting.LedgerError: the receipt has paid for another release.
     """
@@ -323,7 +350,7 @@ def release(clipped: ClippedSum, plan: Plan, state: StepState, receipt: Receipt,
     state.rule = plan.clip.update(state.rule, released.queries[: len(released.queries) - asked])
     value = {name: total / plan.expected_batch for name, total in released.value.items()}
     stds = {name: std / plan.expected_batch for name, std in released.noise_std.items()}
-    released = released._replace(value=value, raw=value, noise_std=stds)
+    released = take(released._replace(value=value, raw=value, noise_std=stds))
     filter_states = []
     for filter_, filter_state in zip(plan.filters, state.filters, strict=True):
         filtered, after = filter_.update(released, filter_state)

@@ -2,6 +2,11 @@
 
 A backend is anything with the function ``per_sample`` of :class:`Backend`; the modules ``dpkit.ghost`` and
 ``dpkit.vmap`` are the two that ship.  Neither knows that clipping, noise or an engine exist.
+
+Guarantee: no norm is below the true one of what is summed, a weighted sum is off by no more than ``arithmetic.py``
+says, and a unit that is left out leaves no trace.
+Requires: a model and a loss in which example b alone decides about row b; the neighbour probe looks for what does not.
+Why: each operation's rule has its own file and its own proof or oracle; ``arithmetic.py`` has the rounding.
 """
 
 from __future__ import annotations
@@ -19,7 +24,10 @@ LossFn = Callable[[nn.Module, Any], Tensor]
 
 
 class PerSample(Protocol):
-    """The gradients g_1, ..., g_B of one microbatch, one per unit and never averaged."""
+    """The gradients g_1, ..., g_B of one microbatch, one per unit and never averaged.
+
+    For guarantee, requirements and proof see the module.
+    """
 
     @property
     def size(self) -> int:
@@ -43,7 +51,7 @@ class PerSample(Protocol):
 
 
 class Backend(Protocol):
-    """How per-sample gradients are computed."""
+    """How per-sample gradients are computed. For guarantee, requirements and proof see the module."""
 
     def per_sample(self, model: nn.Module, loss_fn: LossFn, batch: Any, size: int) -> tuple[PerSample, Tensor]:
         """The gradients of ``loss_fn(model, batch)`` for each of ``size`` units, and the detached (B,) losses."""

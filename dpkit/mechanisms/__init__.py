@@ -10,3 +10,6 @@ from .gaussian import Gaussian as Gaussian
 from .keys import NoiseKey as NoiseKey
 from .keys import RunKey as RunKey
 from .mechanism import Mechanism as Mechanism
+from .mechanism import Tier as Tier
+from .secure import DiscreteGaussian as DiscreteGaussian
+from .secure import HardenedGaussian as HardenedGaussian

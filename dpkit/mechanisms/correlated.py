@@ -4,19 +4,25 @@ With per-step sums G (one row a step) a run releases ``G + C⁻¹Z = C⁻¹(CG +
 independent normal noise.  The error of the running sums, which is what training follows, is smaller than with
 independent noise of the same guarantee.
 
-Guarantee: row t of Z has standard deviation z·sens(C)·γ_k·√(Σ_j Δ_j²/γ_j²)/√share in each group (``gaussian.py`` has
-the same without sens(C)), where Δ is the sensitivity of one participation and sens(C) that of C under the
-participations that the sampler allows (``accounting.matrix``).  In these units the run is ONE Gaussian release of noise
-multiplier z, also when later rows depend on earlier releases (Denisov et al. 2022, https://arxiv.org/abs/2202.08312,
-theorem 2.1): a clipping norm that moves with what was released only scales a row.  Under cyclic Poisson sampling over
+Guarantee: the whole run costs what ONE Gaussian release of noise multiplier z costs; under cyclic Poisson sampling it
+costs one such release, on a sample, for each cycle over the groups.
+Requires: what ``gaussian.py`` requires, a run of at most the planned steps, and participations as the sampler states
+them.
+Why: row t of Z has standard deviation z·sens(C)·γ_k·√(Σ_j Δ_j²/γ_j²)/√share in each group (``gaussian.py`` has the same
+without sens(C)), where Δ is the sensitivity of one participation and sens(C) that of C under the participations that
+the sampler allows (``accounting.matrix``).  In these units the run is ONE Gaussian release of noise multiplier z, also
+when later rows depend on earlier releases (Denisov et al. 2022, https://arxiv.org/abs/2202.08312, theorem 2.1): a
+clipping norm that moves with what was released only scales a row.  Under cyclic Poisson sampling over
 at least as many groups as C has bands, the columns of a unit do not overlap: each is a subsampled Gaussian release of
 its own (``accounting.matrix.cyclic_poisson_event``), and sens(C) is the norm of one column.
 
 Refused by name: batches whose steps have no least distance (Poisson) under any strategy of more than one band; more
 steps than the run was planned for, to which neither sensitivity nor strategy belongs.
 
-Not promised: a run with correlated noise cannot be resumed.  Its next steps would need noise that was drawn before, and
-no checkpoint may hold that.
+Not promised: any tier but the default one. The noise is what torch's generators make, in floating point; no grid is
+known here on which sums of earlier draws and new ones are a function of one Gaussian release.  And a run with
+correlated noise cannot be resumed: its next steps would need noise that was drawn before, and no checkpoint may hold
+that.
 """
 
 from __future__ import annotations
@@ -37,6 +43,7 @@ from dpkit.types import ClippedSum, Named, Participation, Released
 
 from .gaussian import Gaussian, check_shares, released_as, standard_deviations
 from .keys import NoiseKey
+from .mechanism import Tier
 
 _LARGEST_ERROR = 1e-9
 
@@ -152,6 +159,8 @@ class NoiseMemory(NamedTuple):
 class Correlated:
     """Gaussian noise that is correlated over the steps by ``strategy``.
 
+    For guarantee, requirements and proof see the module.
+
     Args:
       noise_multiplier: z of the one Gaussian release that the run amounts to (under cyclic Poisson sampling: that a
         cycle over the groups amounts to, before sampling).
@@ -174,6 +183,10 @@ class Correlated:
                 f"{self.strategy} adds noise that is made of what it added before, down to the first step; keep it "
                 "(regenerate=False), or take BISR, whose noise is made of the last draws."
             )
+
+    @property
+    def tier(self) -> Tier:
+        return "default"
 
     def init(self, parameters: Named, participation: Participation) -> NoiseMemory:
         steps = participation.steps

@@ -1,13 +1,19 @@
 """The Gaussian mechanism: independent normal noise on every coordinate, fresh at every release.
 
-Guarantee: let Δ_{j,k} be the sensitivity of query j in group k, s_j its noise share and γ_{j,k} how its noise is spread
-over its groups. The noise on that group has standard deviation z·γ_{j,k}·√(Σ_i Δ_{j,i}²/γ_{j,i}²)/√s_j, so that over
-the whole release
+Guarantee: all queries on one batch, released together, cost what one Gaussian release of noise multiplier z costs.
+Requires: sensitivities that hold for all neighbours, shares that add up to 1 (others are refused), and a key from which
+nothing else is drawn (``keys.py``).
+Why: let Δ_{j,k} be the sensitivity of query j in group k, s_j its noise share and γ_{j,k} how its noise is spread over
+its groups. The noise on that group has standard deviation z·γ_{j,k}·√(Σ_i Δ_{j,i}²/γ_{j,i}²)/√s_j, so that over the
+whole release
 
     Σ_j Σ_k (Δ_{j,k} / std_{j,k})² = Σ_j s_j / z² = 1 / z²,
 
 which is one Gaussian mechanism of noise multiplier z (Gaussian noise composes in the squared ratio of sensitivity to
-standard deviation, also for queries on one batch). Shares that do not add up to 1 are refused.
+standard deviation, also for queries on one batch).
+
+Not promised: the noise is drawn from torch's generators, which are not cryptographic, in double precision and without a
+grid, so that low-order bits may tell more. That is the default tier; ``secure.py`` has those in which they do not.
 
 Source: Dwork and Roth 2014, Appendix A; Balle and Wang 2018, https://arxiv.org/abs/1805.06530.
 """
@@ -25,6 +31,7 @@ from dpkit.errors import InvalidArgument
 from dpkit.types import ClippedSum, Named, Participation, Query, Released
 
 from .keys import NoiseKey
+from .mechanism import Tier
 
 _SHARE_TOLERANCE = 1e-12
 
@@ -32,6 +39,8 @@ _SHARE_TOLERANCE = 1e-12
 @dataclass(frozen=True)
 class Gaussian:
     """Gaussian noise with standard deviation ``noise_multiplier`` times the L2 sensitivity.
+
+    For guarantee, requirements and proof see the module.
 
     Args:
       noise_multiplier: z = standard deviation / L2 sensitivity under the plan's neighbouring relation; positive,
@@ -50,6 +59,10 @@ class Gaussian:
                 f"noise_multiplier is {value!r}; it must be positive and finite, because without noise "
                 "no epsilon holds. `accounting.calibrate_noise_multiplier` finds one for a target epsilon."
             )
+
+    @property
+    def tier(self) -> Tier:
+        return "default"
 
     def init(self, parameters: Named, participation: Participation) -> tuple[()]:
         return ()

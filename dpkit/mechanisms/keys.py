@@ -7,15 +7,25 @@ Guarantees:
   * A noise key exists only in exchange for a ledger receipt, which is consumed: no charge, no noise; one charge,
     one key.
   * On CPU the whole 19,968-bit state of the generator is filled from the key. ``manual_seed`` would keep 32 bits of it.
+  * A process that was forked from the one that trains can draw from none of these streams, nor can a worker of a
+    DataLoader; no key can be pickled or copied.
 
-Not promised: PyTorch's generators (Mersenne twister on CPU, Philox with a 64-bit key on CUDA) are good statistical
-generators and not cryptographic ones, and the noise is a floating-point Gaussian.
+Requires: an operating system whose random numbers nobody can predict, and memory that no stranger reads.
+Why: without the secret, SHAKE-256 of it and of a label is not told from random bits, and different labels are different
+strings (each is preceded by its length); releases are counted in the process, so that no label comes twice.
+
+Batches, and the noise of ``Gaussian`` and ``Correlated``, come from PyTorch's generators (Mersenne twister on CPU,
+Philox with a 64-bit key on CUDA): good statistical generators and not cryptographic ones.  Who sees enough of a
+Mersenne twister's output can tell the rest.  The noise of a known sum is such output, which is why :meth:`cipher_key`
+feeds ChaCha20 in the other tiers; who was drawn into a batch is not, for nobody sees it, and the generator of the next
+batch has a state of its own that only the secret leads to.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import random
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -63,17 +73,30 @@ def generator_from(key: bytes, device: torch.device | str = "cpu") -> torch.Gene
 
 @dataclass(frozen=True)
 class NoiseKey:
-    """The key of one release. Made by :meth:`RunKey.noise_key` only."""
+    """The key of one release. Made by :meth:`RunKey.noise_key` only, and good in the process that made it.
+
+    For guarantee, requirements and proof see the module.
+    """
 
     _key: bytes = field(repr=False)
+    _pid: int = field(default_factory=os.getpid, repr=False, compare=False)
+
+    def __reduce__(self) -> str | tuple[object, ...]:
+        raise TypeError("a NoiseKey is never copied or stored: whoever has it can take the noise away")
 
     def generator(self, query: int, name: str, shard: int = 0, device: torch.device | str = "cpu") -> torch.Generator:
-        """The generator of one tensor of the release."""
+        """The torch generator of one tensor of the release."""
+        refuse_other_process(self._pid)
         return generator_from(_expand(self._key, "tensor", query, name, shard), device)
+
+    def cipher_key(self, query: int, name: str, shard: int = 0) -> bytes:
+        """32 bytes for the stream cipher of one tensor of the release; they tell nothing of :meth:`generator`'s."""
+        refuse_other_process(self._pid)
+        return _expand(self._key, "cipher", query, name, shard)
 
 
 class RunKey:
-    """The secret of one run, used by one process.
+    """The secret of one run, used by one process. For guarantee, requirements and proof see the module.
 
     Args:
       seed: None takes 256 bits from the operating system. A number makes noise and sampling reproducible for research
@@ -123,8 +146,9 @@ class RunKey:
         self._refuse_other_process()
         return generator_from(_expand(self._secret, "sampling", draw))
 
-    def seed_torch(self) -> None:
-        """Give torch's own generators, which dropout and augmentations draw from, a state that nobody knows.
+    def seed_global_generators(self) -> None:
+        """Give the generators that dropout and augmentations draw from a state that nobody knows: torch's own, Python's
+        and numpy's global ones, and through torch's those of a loader's workers.
 
         What they draw for one unit depends on how many others came before it. Whoever knew their state would see a
         unit's absence in what all others were masked with, beyond what the noise covers.
@@ -133,6 +157,8 @@ class RunKey:
         torch.set_rng_state(generator_from(_expand(self._secret, "torch")).get_state())
         if torch.cuda.is_available():
             torch.cuda.manual_seed_all(int.from_bytes(_expand(self._secret, "torch", "cuda")[:8], "little") >> 1)
+        random.seed(_expand(self._secret, "python"))
+        np.random.seed(np.frombuffer(_expand(self._secret, "numpy"), dtype="<u4"))
 
     def arrangement(self) -> torch.Generator:
         """The CPU generator of what is drawn once for the whole run, such as the groups of the units."""
@@ -168,6 +194,14 @@ class RunKey:
         return NoiseKey(_expand(self._secret, "noise", self._releases))
 
     def _refuse_other_process(self) -> None:
-        # A forked child has the same secret, and would draw the noise of its parent.
-        if os.getpid() != self._pid:
-            raise OutOfOrder("this engine was made in another process; make the engine in the process that trains.")
+        refuse_other_process(self._pid)
+
+
+def refuse_other_process(pid: int) -> None:
+    """Refuse to draw in another process than ``pid``: a forked child has the same secret, and so the same noise.
+
+    Raises:
+      OutOfOrder: this is another process.
+    """
+    if os.getpid() != pid:
+        raise OutOfOrder("this engine was made in another process; make the engine in the process that trains.")

@@ -111,10 +111,9 @@ def _delta(plan: PlanSummary) -> str:
 
 
 def _randomness(plans: tuple[PlanSummary, ...]) -> str:
-    generators = "; ".join(dict.fromkeys(plan.stated.noise_generator for plan in plans))
-    return (
-        f"{in_markdown(generators)}. Noise is drawn in floating point; attacks on its low-order bits are not covered."
-    )
+    found = dict.fromkeys((plan.stated.noise_tier, plan.stated.noise_generator) for plan in plans)
+    made = "; ".join(f"{in_markdown(generator)} (noise tier {in_markdown(tier)})" for tier, generator in found)
+    return f"{made}. What that leaves open is said below."
 
 
 def _transparency(stated: Statement, plans: tuple[PlanSummary, ...]) -> str:

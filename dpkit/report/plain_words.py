@@ -44,8 +44,8 @@ NOT_COVERED = (
     ),
     (
         "Remaining error of the random draws",
-        "Batches and noise come from a pseudo-random generator in floating point, which is close to the distributions "
-        "of the theory and not equal to them.",
+        "Batches and noise come from pseudo-random generators, which are close to the distributions of the theory and "
+        "not equal to them; how close depends on the noise tier.",
     ),
     (
         "Test data",

@@ -13,7 +13,15 @@ from fractions import Fraction
 
 import accounting
 from accounting import Ledger, PlanRecord, PlanStatement, Statement
-from accounting.events import ApproximateDP, Gaussian, Laplace, Poisson, TruncatedPoisson, WithoutReplacement
+from accounting.events import (
+    ApproximateDP,
+    DiscreteGaussian,
+    Gaussian,
+    Laplace,
+    Poisson,
+    TruncatedPoisson,
+    WithoutReplacement,
+)
 from accounting.rounding import as_typed
 from dpkit.errors import LedgerError, RunFolderError
 from dpkit.run_folder import RunFolder
@@ -50,7 +58,7 @@ class PlanSummary:
                 return sampled.sample_rate * self.record.num_examples
             case [(WithoutReplacement() as sampled, _)]:
                 return float(sampled.batch_size)
-            case [(Gaussian() | Laplace() | ApproximateDP(), _)]:
+            case [(Gaussian() | DiscreteGaussian() | Laplace() | ApproximateDP(), _)]:
                 return float(self.record.num_examples)
         return None
 

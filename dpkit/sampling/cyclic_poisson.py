@@ -1,9 +1,11 @@
 """Cyclic Poisson sampling: every unit belongs to one of b groups, and step t draws from group t mod b alone.
 
-Each unit draws its group by itself, once for the run, and is then drawn with probability b·q whenever its group has its
-turn.  Why the groups may be drawn at all: couple the draws of all units but one; whatever that one draws, neighbours
-differ in its group alone, and the mixture over its group has the same weights on both sides (hockey-stick divergences
-are jointly convex).  Were the group given by the index, a removal would move all later units.
+Guarantee: each unit draws its group by itself, once for the run, and is then drawn with probability b·q whenever its
+group has its turn, independently of all else.
+Requires: what ``sampler.py`` requires; one process that makes the whole run, since no checkpoint holds the groups.
+Why: couple the draws of all units but one; whatever that one draws, neighbours differ in its group alone, and the
+mixture over its group has the same weights on both sides (hockey-stick divergences are jointly convex).  Were the group
+given by the index, a removal would move all later units.
 
 A unit takes part only in steps t, t + b, t + 2b, .., so b consecutive steps hold one Poisson-subsampled release of it,
 at rate b·q.  On its own this costs more than Poisson sampling at q; it is what correlated noise of at most b bands
@@ -28,7 +30,7 @@ from .sampler import check_rate, check_whole
 
 @dataclass(frozen=True)
 class CyclicPoisson:
-    """Poisson draws from one group after the other.
+    """Poisson draws from one group after the other. For guarantee, requirements and proof see the module.
 
     Args:
       sample_rate: q = expected batch size / number of units, over all groups.
@@ -63,7 +65,12 @@ class CyclicPoisson:
     def draw(
         self, population: int, generator: torch.Generator, *, step: int = 0, arranged: Tensor | None = None
     ) -> Tensor:
-        assert arranged is not None and len(arranged) == population
+        if arranged is None or len(arranged) != population:
+            # Without the number of units, which the add/remove relation hides.
+            raise InvalidArgument(
+                "arranged does not hold one group for each unit; give what arrange(population, generator) drew for the "
+                "run."
+            )
         drawn = Poisson(self._rate_within_group).draw(population, generator)
         return drawn[arranged[drawn] == step % self.groups]
 

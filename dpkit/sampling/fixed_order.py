@@ -1,8 +1,12 @@
 """Batches in one fixed order, pass after pass: each unit takes part once a pass, always at the same distance.
 
-No amplification: whoever knows the order knows in which steps a unit takes part.  With independent noise a pass is one
-release (``accounting.OnePass``); correlated noise (``dpkit.Correlated``) makes use of the distance.  The relation is
-zero-out or replace-one, with public N: a removal would shift every later batch.
+Guarantee: step t holds the units of one place in the order, so each takes part once a pass, and takes part again one
+pass later, never sooner.  The step is counted by the ledger, also after a crash.
+Requires: exactly N units, which is checked; an order that does not depend on the units; zero-out or replace-one (the
+accountant refuses add/remove): a removal would shift every later batch.
+Why: neighbours differ in one batch of a pass.  With independent noise a pass is one release (``accounting.OnePass``);
+correlated noise (``dpkit.Correlated``) makes use of the distance.  No amplification: whoever knows the order knows in
+which steps a unit takes part.
 """
 
 from __future__ import annotations
@@ -23,6 +27,8 @@ from .sampler import check_size, check_whole
 @dataclass(frozen=True)
 class FixedOrder:
     """The units in one order, cut into batches of ``batch_size`` (the last of a pass may be smaller).
+
+    For guarantee, requirements and proof see the module.
 
     Args:
       batch_size: units of a batch, at least 1.

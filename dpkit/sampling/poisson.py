@@ -1,5 +1,12 @@
 """Poisson sampling: each unit takes part in a step by an independent draw of its own.
 
+Guarantee: every unit of every step is drawn with probability q (to within 1.2e-16, as 53-bit uniforms have it),
+independently of all else; the event is that of this draw.  ``TruncatedPoisson`` gives the units of such a draw, and of
+a larger one ``cap`` of them, chosen uniformly.
+Requires: what ``sampler.py`` requires.  Truncated: a data set of at most N units, which is checked.
+Why: one unit more or less changes nothing about how the others are drawn, so the release on a sample is a mixture of
+one with the unit and one without it.
+
 Sources: Mironov, Talwar and Zhang 2019, https://arxiv.org/abs/1908.10530. Truncation: the proof stands in
 ``accounting.truncated``.
 """
@@ -22,6 +29,8 @@ from .sampler import check_rate, check_whole
 @dataclass(frozen=True)
 class Poisson:
     """Each unit takes part with probability ``sample_rate``, independently of all others and of all other steps.
+
+    For guarantee, requirements and proof see the module.
 
     Args:
       sample_rate: q in (0, 1].
@@ -73,6 +82,8 @@ class Poisson:
 @dataclass(frozen=True)
 class TruncatedPoisson:
     """A Poisson draw; when it has more than ``cap`` units, ``cap`` of them chosen uniformly.
+
+    For guarantee, requirements and proof see the module.
 
     Gives a batch a public largest size, which makes the number of microbatches public. It is accounted as what it is:
     see ``accounting.TruncatedPoisson``.

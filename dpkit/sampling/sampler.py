@@ -1,9 +1,12 @@
 """What a sampler is: who takes part in a step, and which event that makes of the mechanism's.
 
-Promise, tested for every member: a sampler draws from the generator it is given, the number of the step and the size of
-the population alone, includes each unit at most once in a step, and states the event of exactly that draw, with the
-participations that it allows.  The realised size is private where units are drawn at random; only ``sample_rate`` and
-``expected_batch`` may divide anything.
+Guarantee: a sampler draws from the generator it is given, the number of the step and the size of the population alone,
+includes each unit at most once in a step, and states the event of exactly that draw, with the participations that it
+allows.  Tested for every member.
+Requires: a generator whose state nobody knows and nothing else draws from (``RunKey.sampling``), and secrecy about who
+was drawn.  The realised size is private where units are drawn at random; only ``sample_rate`` and ``expected_batch``
+may divide anything.
+Why: draw and event are made of the same fields of one object.  Each member's module says which theorem the event has.
 
 The number of a step is the number of charges before it, as the ledger counts them: a step that is taken again after a
 crash is the next step of the order, so that no unit takes part more often than the event says.
@@ -22,7 +25,7 @@ from dpkit.types import Participation
 
 
 class Sampler(Protocol):
-    """Draws the units of one logical batch."""
+    """Draws the units of one logical batch. For guarantee, requirements and proof see the module."""
 
     @property
     def sample_rate(self) -> float:

@@ -3,6 +3,9 @@
 Guarantee: item u holds rows of user u alone, at most ``rows_per_user`` of them, so a neighbour (one user more or less,
 or another user in the place of one) changes one item.  Which rows of a user with more are taken is drawn anew whenever
 the user is, from the rows of that user alone and with random numbers that nothing else uses.
+Requires: the right id for every row, and the public number of users as ``num_examples``.  Nobody can check either.
+Why: what an item holds is a function of one user's rows and of fresh random numbers, so that samplers, clip and event,
+which know of items alone, are about users.
 """
 
 from __future__ import annotations
@@ -24,6 +27,8 @@ UNIT = "user"
 
 class Users(Dataset[Any]):
     """One item for each user: (K rows of the user, stacked as ``default_collate`` does, and their weights).
+
+    For guarantee, requirements and proof see the module.
 
     ``num_examples`` of the plan is then the number of users, its unit is "user", and the loop gives the K rows of a
     user one loss each::

@@ -1,8 +1,10 @@
 """Batches of a fixed size, each a fresh uniform subset of the data set.
 
-The relation is replace-one alone, with public N: a batch of fixed size tells of a missing unit by the one that takes
-its place. Amplification: Balle, Barthe and Gaboardi 2018, https://arxiv.org/abs/1807.01647, theorem 2
-(``accounting.WithoutReplacement``).
+Guarantee: every batch is a uniform subset of exactly ``batch_size`` units, independent of the other batches.
+Requires: what ``sampler.py`` requires; exactly N units, which is checked; the replace-one relation (the accountant
+refuses others): a batch of fixed size tells of a missing unit by the one that takes its place.
+Why: they are the first places of a uniform permutation. Amplification: Balle, Barthe and Gaboardi 2018,
+https://arxiv.org/abs/1807.01647, theorem 2 (``accounting.WithoutReplacement``).
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ from .sampler import check_size, check_whole
 @dataclass(frozen=True)
 class WithoutReplacement:
     """Exactly ``batch_size`` of ``num_examples`` units, drawn afresh in every step.
+
+    For guarantee, requirements and proof see the module.
 
     Args:
       batch_size: units of a batch, at least 1.

@@ -661,7 +661,7 @@ class WholeStep:
     ratio: float | None = None
     quartiles: tuple[float, float] | None = None
     rows: float | None = None
-    noise: str = "default, the only tier today"
+    noise: str = "default"
     note: str = ""
 
 

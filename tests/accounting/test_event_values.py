@@ -17,6 +17,7 @@ from accounting.events import (
     ApproximateDP,
     BinomialTrials,
     Composed,
+    DiscreteGaussian,
     Gaussian,
     Laplace,
     MatrixMechanism,
@@ -43,6 +44,8 @@ EVENTS = [
     Composed(()),
     Composed((Repeated(Gaussian(3), 0), Poisson(1, Gaussian(2)))),
     Laplace(2.5),
+    DiscreteGaussian(2.5),
+    Poisson(0.01, Composed((DiscreteGaussian(1.0), DiscreteGaussian(1.0), Gaussian(2.0)))),
     ApproximateDP(0.3, 1e-7),
     PureDP(0.0),
     Poisson(0.01, Composed((Gaussian(1.0), PureDP(0.1)))),
@@ -69,6 +72,7 @@ counts = st.integers(1, 2**53 - 1)
 plain = st.one_of(
     made(Gaussian, multipliers),
     made(Laplace, multipliers),
+    made(DiscreteGaussian, multipliers),
     made(ApproximateDP, epsilons, st.floats(0.0, 1.0, exclude_max=True)),
     made(PureDP, epsilons),
     made(MatrixMechanism, multipliers, multipliers, counts, counts),
@@ -166,6 +170,7 @@ def test_any_event_has_atoms_or_a_typed_error(event, relation):
     else:
         kinds = {
             "gaussian",
+            "discrete_gaussian",
             "laplace",
             "approximate_dp",
             "poisson",
@@ -255,8 +260,8 @@ def test_values_are_frozen():
 
 
 def test_a_newer_version_and_an_unknown_kind_are_unsupported():
-    newer = json.loads(event_to_json(EVENTS[1])) | {"version": 3}
-    with pytest.raises(Unsupported, match="version 3; this package reads up to 2. Upgrade"):
+    newer = json.loads(event_to_json(EVENTS[1])) | {"version": 4}
+    with pytest.raises(Unsupported, match="version 4; this package reads up to 3. Upgrade"):
         event_from_json(json.dumps(newer))
     for text in (
         '{"version":2,"event":{"kind":"staircase","scale":1}}',

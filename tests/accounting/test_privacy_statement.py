@@ -189,3 +189,28 @@ def test_several_runs_are_added_and_the_doubt_about_one_is_a_doubt_about_all(led
     assert said.epsilon == said.committed_epsilon >= sum(p.committed_epsilon for p in said.plans) - 2e-4
     assert not said.certified and "cut to 800" in str(said)
     assert any("added" in caveat for caveat in said.caveats)
+
+
+@pytest.mark.parametrize(
+    ("tier", "said", "unsaid"),
+    [
+        (None, "attacks on its low-order bits.", "ChaCha20"),
+        ("default", "attacks on its low-order bits.", "ChaCha20"),
+        ("quantum", "attacks on its low-order bits.", "ChaCha20"),
+        ("hardened", "tests bound it, and no theorem", "attacks on"),
+        ("exact", "nothing in its law is approximate", "attacks on"),
+    ],
+)
+def test_what_is_not_covered_of_the_noise_is_that_of_its_tier(ledger, tier, said, unsaid):
+    facts = FACTS if tier is None else FACTS | {"noise_tier": tier}
+    made = plan(facts=facts)
+    ledger.charge(made, made.event)
+    stated = statement(ledger)
+    assert stated.plans[0].noise_tier == (tier or "default")
+    assert said in " ".join(stated.caveats) and unsaid not in " ".join(stated.caveats)
+    assert f"noise tier: {tier or 'default'}, noise generator: philox" in " ".join(str(stated).split())
+    # Another run on the data, of another tier: what is said of each is said of both together.
+    other = plan(facts=FACTS | {"noise_tier": "exact"})
+    ledger.charge(other, other.event)
+    both = " ".join(statement(ledger).caveats)
+    assert said in both and "nothing in its law is approximate" in both

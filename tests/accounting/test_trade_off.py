@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from scipy.stats import norm
 
 from accounting import (
+    ApproximateDP,
     Gaussian,
     InvalidParameter,
     Poisson,
@@ -17,6 +20,7 @@ from accounting import (
     gaussian_mu,
     trade_off,
 )
+from accounting.trade_off import tangents
 
 ALPHAS = (0.0, 1e-4, 0.01, 0.05, 0.2, 0.5, 0.9, 1.0)
 
@@ -28,6 +32,22 @@ def test_a_gaussian_has_its_exact_curve(mu):
     assert all(beta <= truth + 1e-12 and beta >= truth - 2e-3 for beta, truth in zip(found, exact, strict=True)), list(
         zip(found, exact, strict=True)
     )
+
+
+@pytest.mark.parametrize("mu", [0.05, 1.0, 5.0])
+def test_tangents_come_near_the_curve_at_the_smallest_errors_that_are_asked_for(mu):
+    alphas = [1e-6, 1e-4, 1e-2, 0.5, 0.999]
+    found = tangents(Gaussian(1 / mu), relation="add_remove", least=1e-8, knots=200).at(alphas)
+    exact = [norm.cdf(norm.isf(alpha) - mu) for alpha in alphas]
+    assert all(0.99 * truth <= beta <= truth * (1 + 1e-12) for beta, truth in zip(found, exact, strict=True))
+
+
+@pytest.mark.parametrize("least", [1e-3, 1e-8])
+def test_a_delta_that_stays_leaves_the_knots_where_the_curve_bends(least):
+    event, alphas = ApproximateDP(1.0, 0.01), (0.0, 1e-4, 0.01, 0.3, 0.7, 0.98)
+    found = tangents(event, relation="add_remove", least=least).at(alphas)
+    exact = [max(0.0, 0.99 - math.e * alpha, (0.99 - alpha) / math.e) for alpha in alphas]
+    assert all(truth - 0.02 <= beta <= truth + 1e-9 for beta, truth in zip(found, exact, strict=True))
 
 
 def test_pure_dp_has_the_curve_of_randomised_response():

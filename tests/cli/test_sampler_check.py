@@ -11,7 +11,17 @@ from dpkit.cli.sampler_check import parsed, sampler_problems
 from dpkit.clipping import Flat, Setting
 from dpkit.engine import Plan
 from dpkit.engine.record import plan_record
-from dpkit.mechanisms import BISR, BSR, BandMF, Correlated, Gaussian, Mechanism, SquareRoot
+from dpkit.mechanisms import (
+    BISR,
+    BSR,
+    BandMF,
+    Correlated,
+    DiscreteGaussian,
+    Gaussian,
+    HardenedGaussian,
+    Mechanism,
+    SquareRoot,
+)
 from dpkit.sampling import CyclicPoisson, FixedOrder, Poisson, Sampler, TruncatedPoisson, WithoutReplacement
 
 N = 60
@@ -22,6 +32,11 @@ PAIRS: list[tuple[Sampler, Mechanism, Relation]] = [
     (CyclicPoisson(0.1, 4), Correlated(1.3, BandMF(3)), Relation.ZERO_OUT),
     (WithoutReplacement(7, N), Gaussian(1.3), Relation.REPLACE_ONE),
     (FixedOrder(7, N), Gaussian(1.3), Relation.ZERO_OUT),
+    (Poisson(0.1), HardenedGaussian(1.3), Relation.ADD_REMOVE),
+    (TruncatedPoisson(0.1, 12), HardenedGaussian(1.3), Relation.ADD_REMOVE),
+    (Poisson(0.1), DiscreteGaussian(1.3), Relation.ADD_REMOVE),
+    (CyclicPoisson(0.1, 4), DiscreteGaussian(1.3), Relation.ADD_REMOVE),
+    (FixedOrder(7, N), DiscreteGaussian(1.3), Relation.ZERO_OUT),
     (FixedOrder(7, N, None), Correlated(1.3, SquareRoot(), regenerate=True), Relation.REPLACE_ONE),
     (FixedOrder(7, N), Correlated(1.3, BSR(3)), Relation.ZERO_OUT),
     (FixedOrder(7, N), Correlated(1.3, BISR(3)), Relation.ZERO_OUT),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -850,26 +852,46 @@ def test_a_learning_rate_out_of_all_reason_leaves_a_bound() -> None:
         assert 0 < state.quantiles[0] < math.inf
 
 
-def test_what_torch_draws_in_a_certified_run_is_known_to_nobody(tmp_path: Path) -> None:
-    """Dropout masks depend on the rows before them: under a known seed they would show who is missing."""
-    after = []
+class _Draws(TensorDataset):
+    """A data set that augments: each item holds what the generators of its process drew for it."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.zeros(N, 5), torch.zeros(N, dtype=torch.int64))
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        drawn = [torch.rand(()).item(), np.random.rand(), random.random()]
+        return torch.tensor([*drawn, 0.0, 0.0]), self.tensors[1][index]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_a_data_set_draws_in_a_certified_run_is_known_to_nobody(tmp_path: Path, workers: int) -> None:
+    """What is drawn for a row depends on how many rows came before it: a known seed would show who is missing."""
+    drawn = []
     for run, seed in (("a", None), ("b", None), ("c", 5), ("d", 5)):
         model = mlp()
         engine = PrivacyEngine(tmp_path / run, seed=seed)
         torch.manual_seed(0)
-        engine.make_private(
+        random.seed(0)
+        np.random.seed(0)
+        known = torch.Generator().manual_seed(0)
+        _, _, loader = engine.make_private(
             model,
             torch.optim.SGD(model.parameters(), lr=0.1),
-            DataLoader(dataset(), batch_size=10),
+            DataLoader(_Draws(), batch_size=20, num_workers=workers, generator=known),
             num_examples=N,
             noise_multiplier=1.5,
             target_delta=1e-3,
             steps=2,
             max_grad_norm=1.0,
         )
-        after.append(tuple(torch.rand(4).tolist()))
-    assert len(set(after[:2])) == 2
-    assert after[2] == after[3]
+        x, _ = next(iter(loader))
+        drawn.append(x[:, :3])
+        engine.detach()
+    first, second, third, fourth = drawn
+    rows = min(len(first), len(second))
+    for kind in range(3):
+        assert not torch.equal(first[:rows, kind], second[:rows, kind]), kind
+    assert torch.equal(third, fourth)
 
 
 class _Products:
