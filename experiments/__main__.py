@@ -6,7 +6,9 @@ import importlib
 import sys
 
 EXPERIMENTS = {
+    "audits": "how tight white-box audits of the engine are, and what they catch",
     "data": "which data sets there are, which files are present, and how to get the others",
+    "inversion": "the image that an update was made of, computed back from it, without noise and with",
     "low_pass": "a case in which a low-pass filter helps, one in which it does not, and why",
     "methods": "test accuracy of every clipping rule, filter, optimizer and noise, tuned over one grid",
 }

@@ -33,7 +33,26 @@ _COMMANDS = (
     "report",
     "verify",
     "check",
+    "audit",
 )
+# Each is the function of this name in the module audit_NAME.
+_AUDITS = ("engine", "scores", "model")
+
+
+def _loaded(module: str, name: str) -> Any:
+    """The command of the function ``name``."""
+    alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    function = getattr(importlib.import_module(f".{module}", __package__), name)
+    alone.command(name.replace("_", "-"))(reported(function))
+    return typer.main.get_command(alone)
+
+
+class _Audits(TyperGroup):
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(_AUDITS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        return _loaded(f"audit_{cmd_name}", cmd_name) if cmd_name in _AUDITS else None
 
 
 class _Commands(TyperGroup):
@@ -41,25 +60,33 @@ class _Commands(TyperGroup):
         return list(_COMMANDS)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        if cmd_name not in _COMMANDS:
-            return None
+        if cmd_name == "audit":
+            return typer.main.get_command(_audit)
         name = cmd_name.replace("-", "_")
-        alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-        alone.command(cmd_name)(reported(getattr(importlib.import_module(f".{name}", __package__), name)))
-        return typer.main.get_command(alone)
+        return _loaded(name, name) if cmd_name in _COMMANDS else None
 
 
+_audit = typer.Typer(
+    name="audit",
+    cls=_Audits,
+    help="Attack a trainer or a model, and compare what was learnt with what is claimed.",
+    epilog="Exit code 3: the evidence contradicts the claim. No contradiction proves nothing.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
 app = typer.Typer(
     name="dpkit",
     cls=_Commands,
     help="Train with differential privacy, and say what was spent.",
-    epilog="Exit codes: 0 done, 1 wrong input or usage, 2 a budget is exceeded, 4 a ledger cannot be verified, a "
-    "file contradicts it, a library contradicts an epsilon, or a model is refused, 130 and 143 stopped by a signal.",
+    epilog="Exit codes: 0 done, 1 wrong input or usage, 2 a budget is exceeded, 3 an audit contradicts the claim, 4 a "
+    "ledger cannot be verified, a file contradicts it, a library contradicts an epsilon, or a model is refused, 130 and "
+    "143 stopped by a signal.",
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
 
+@_audit.callback(invoke_without_command=True)
 @app.callback(invoke_without_command=True)
 def _root(context: typer.Context) -> None:
     if context.invoked_subcommand is None:
