@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel, built from a copy so that the checkout stays as it is; without a network."""
     source = tmp_path_factory.mktemp("source")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "PRIVACY_PROMISE.md", "KNOWN_LIMITS.md"):
         shutil.copy(ROOT / name, source)
     for package in ("accounting", "dpkit", "experiments", "tests"):
         shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
@@ -42,7 +42,8 @@ def test_the_wheel_holds_both_packages_with_their_types_and_nothing_else(wheel: 
         names = archive.namelist()
     assert {"dpkit/py.typed", "accounting/py.typed", "dpkit/cli/app.py", "accounting/ledger.py"} <= set(names)
     assert {name.split("/")[0].partition("-")[0] for name in names} == {"dpkit", "accounting"}
-    assert any(name.endswith("licenses/LICENSE") for name in names)
+    for page in ("LICENSE", "PRIVACY_PROMISE.md", "KNOWN_LIMITS.md"):
+        assert any(name.endswith(f"licenses/{page}") for name in names), page
 
 
 def test_the_installed_wheel_answers_on_the_command_line(wheel: Path, tmp_path: Path):

@@ -27,21 +27,21 @@ from torch.nn.functional import one_hot
 import accounting
 import dpkit
 from accounting import Event, Relation
+from accounting.trade_off import Tangents, tangents
 from dpkit.clipping import ClipRule, Flat, Setting
 from dpkit.engine.canaries import LARGER, Canaries, log_ratio, refuse_groups, refuse_plan
 from dpkit.engine.plan import Plan, check_count
 from dpkit.errors import InvalidArgument, OutOfOrder
 from dpkit.mechanisms import Mechanism
 
-from .estimators import clopper_pearson, family_inversion, gaussian_mu, scaled
-from .thresholds import Explicit, error_rates
+from .estimators import family_inversion, rank_test
+from .scaling import scaled
 from .verdict import LowerBound, Verdict, judge
 
 DEFAULT_CANARIES = 10_000
 _PER_LAYER = 64  # canaries through each kind of layer: with more units the noise has more rounding to cover
 _PER_LAYER_ALONE = 1000  # the most, under a rule that leaves no room for others
 _LAYERS_PART = 0.1  # of the probability of error, for the layers looked at one by one
-_MORE_LIKELY_INSIDE = Explicit(0.0)  # of a log-likelihood ratio
 
 _ASSUMED = "Noise is independent over coordinates and steps, and units take part independently (not tested here)."
 
@@ -196,8 +196,7 @@ def _judged(
 ) -> WhiteBox:
     """The bound of all canaries together, or of a part that contradicts the claim by itself, if it is larger.
 
-    They share the probability of error. Canaries are called members where the likelihood ratio is above 1: a threshold
-    that was fixed beforehand, and close to the best for every plan, since both kinds of error are then about as rare.
+    They share the probability of error.
     """
     event = plan.event_of(steps)
     accounted = accounting.epsilon(event, plan.delta, relation=plan.relation)
@@ -205,25 +204,20 @@ def _judged(
         claim, claim_source = accounting.round_up(accounted.upper), f"{accounted.accountant} accountant"
 
     def bound_of(scores: tuple[np.ndarray, np.ndarray], error: float) -> LowerBound:
-        # Where no accountant knows epsilon from below, as of discrete noise, there is no family to invert.
-        found = (
-            family_inversion(
-                *scores,
-                lambda scale: scaled(event, scale),
-                relation=plan.relation,
-                delta=plan.delta,
-                confidence=1 - error,
-                threshold=_MORE_LIKELY_INSIDE,
-            )
-            if accounted.lower > 0
-            else clopper_pearson(*scores, delta=plan.delta, confidence=1 - error)
+        found = family_inversion(
+            *scores,
+            lambda scale: scaled(event, scale),
+            relation=plan.relation,
+            delta=plan.delta,
+            confidence=1 - error,
         )
         return found._replace(confidence=confidence)
 
     error, apart = 1 - confidence, _LAYERS_PART if parts else 0.0
     each = error * apart / max(1, len(parts))
     bounds = [bound_of(evidence, error * (1 - apart))]
-    bounds += [bound_of(part, each) for part in parts if _contradicts(part, event, plan.relation, each)]
+    claimed = tangents(event, relation=plan.relation)
+    bounds += [bound_of(part, each) for part in parts if _contradicts(part, claimed, each)]
     verdict = judge(
         max(bounds, key=lambda found: found.epsilon),
         claim=claim,
@@ -234,12 +228,9 @@ def _judged(
     return WhiteBox(verdict, *evidence, event)
 
 
-def _contradicts(scores: tuple[np.ndarray, np.ndarray], event: Event, relation: Relation, error: float) -> bool:
-    """Whether no test of ``event`` has error rates as low as these."""
-    (rates,) = error_rates(*scores, confidence=1 - error, threshold=_MORE_LIKELY_INSIDE, objective=gaussian_mu)
-    alpha, beta = rates.false_positive_rate_upper, rates.false_negative_rate_upper
-    least = accounting.trade_off(event, [alpha, beta], relation=relation)
-    return beta < least[0] or alpha < least[1]
+def _contradicts(scores: tuple[np.ndarray, np.ndarray], claimed: Tangents, error: float) -> bool:
+    """Whether so few errors have at most the chance ``error`` under the claim, at the median of those inside."""
+    return rank_test(*scores, rank=len(scores[0]) // 2).chance(claimed) <= error
 
 
 # ------------------------------------------------------------------------------------------- canaries through layers

@@ -79,8 +79,8 @@ app = typer.Typer(
     cls=_Commands,
     help="Train with differential privacy, and say what was spent.",
     epilog="Exit codes: 0 done, 1 wrong input or usage, 2 a budget is exceeded, 3 an audit contradicts the claim, 4 a "
-    "ledger cannot be verified, a file contradicts it, a library contradicts an epsilon, or a model is refused, 130 and "
-    "143 stopped by a signal.",
+    "ledger cannot be verified, a file contradicts it, a library contradicts an epsilon, or a model is refused, 130 "
+    "and 143 stopped by a signal.",
     add_completion=False,
     pretty_exceptions_enable=False,
 )

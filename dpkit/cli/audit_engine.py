@@ -59,7 +59,7 @@ def engine(
     ] = None,
     confidence: Annotated[
         float, typer.Option(help="With which the verdict holds; several audits share its probability of error.")
-    ] = 0.95,
+    ] = 0.999,
     repeats: Annotated[int, typer.Option(help="How many audits.")] = 1,
     seed: Annotated[int | None, typer.Option(help="Makes the audits repeatable. Left out, fresh randomness.")] = None,
     plot: Annotated[

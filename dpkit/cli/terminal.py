@@ -1,8 +1,8 @@
 """What all commands share: two consoles, JSON, and the way from an error to one line and an exit code.
 
 Exit codes: 0 done; 1 wrong input or usage; 2 a budget is exceeded; 3 an audit contradicts the claim; 4 a ledger cannot
-be verified; 130 and 143 stopped by SIGINT or SIGTERM. An error that dpkit knows is one red line on stderr, with a traceback only under ``--debug`` or ``DPKIT_DEBUG=1``. With ``--json``, stdout
-holds one JSON object and nothing else.
+be verified; 130 and 143 stopped by SIGINT or SIGTERM. An error that dpkit knows is one red line on stderr, with a
+traceback only under ``--debug`` or ``DPKIT_DEBUG=1``. With ``--json``, stdout holds one JSON object and nothing else.
 """
 
 from __future__ import annotations
