@@ -5,10 +5,14 @@ R  record and replay: with the releases frozen, nothing else differs between nei
 N  noise: what is added is normal, of the stated size, on every coordinate, fresh at every release.
 A  sampling: who takes part is drawn as the ledger says.
 V  events: every release was charged before it was drawn, as what it was.
+K  crashes: whatever dies and whatever becomes of the files, the ledger covers what was released.
+E  epsilon: what is reported is no less than the truth, and is never said without what gives it a meaning.
+L  source: no construct by which such a promise is broken stands in the package.
+F  files: no name leads out of a run's folder.
 
-The same functions run on the shipped build (``test_checks.py``, ``test_members.py``) and on builds with a bug put in
-(``test_mutants.py``).  The checks of this module go through sizes, types and models with the plainest members; those of
-``member_checks.py`` through all members.
+The same functions run on the shipped build (``test_checks.py``, ``test_members.py``, ``test_further_checks.py``) and on
+builds with a bug put in (``test_mutants.py``).  The checks of this module go through sizes, types and models with the
+plainest members; those of ``member_checks.py`` through all members; K, E, L and F have modules of their own.
 
 False alarms.  D and R are deterministic.  Every statistical comparison in N, A and V has a false-alarm probability of
 at most FALSE_ALARM = 1e-7, shared among its parts (Bonferroni) where it has several.  One run of all checks makes fewer
@@ -19,22 +23,28 @@ for the one comparison of unseeded runs, where no alarm can be false.
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from scipy import stats
+from torch.utils.data import DataLoader, TensorDataset
 
 import accounting
+import dpkit
 from accounting import Relation
+from dpkit.mechanisms import Gaussian
 
+from .crashes import Death, Life, run_with_crashes
 from .films import Film, film, random_film
-from .harness import Setup, Trace, distance, finite, flat, length, run
-from .subjects import HARM, Data, honest
+from .harness import Setup, Trace, charges_on_disk, distance, finite, flat, length, run
+from .subjects import HARM, Data, build, honest, loss_of
 
 FALSE_ALARM = 1e-7
 
@@ -170,6 +180,10 @@ def grid_D(full: bool = False) -> Iterator[tuple[Setup, tuple[str, ...]]]:
         yield chosen, ALL_KINDS if full else FEW_KINDS
     for form, n, micro in product(forms, (1, 2, 9), (None, 4)):
         yield Setup(form=form, relation=Relation.ZERO_OUT, public_n=n, micro=micro), ALL_KINDS
+    for rows, n in ((2, 1), (2, 9), (3, 2)):  # users who own several rows
+        yield Setup(rows=rows, public_n=n), FEW_KINDS
+    for form, micro in (("loop", None), ("step", 4)):
+        yield Setup(form=form, public_n=9, micro=micro, canaries=50), FEW_KINDS
     # Replace-one has no theorem for sampling: only whole batches, which the loop form cuts with a truncated sampler.
     for form, n, micro in (("loop", 2, None), ("loop", 9, None), ("step", 1, None), ("step", 9, None), ("step", 9, 4)):
         yield Setup(form=form, relation=Relation.REPLACE_ONE, public_n=n, micro=micro), ALL_KINDS
@@ -240,6 +254,7 @@ def grid_R() -> Iterator[Setup]:
     yield base.but(form="loop", relation=Relation.ZERO_OUT, dtype=torch.float64)
     yield base.but(form="step", cap=2)
     yield base.but(form="loop", reduction="mean", micro=3)
+    yield base.but(form="loop", canaries=50, optimizer="adambc")
 
 
 def check_R(
@@ -269,9 +284,9 @@ def check_R(
 
 def _observations(left: Trace, right: Trace) -> Iterator[tuple[str, Any, Any]]:
     """Everything that somebody without the data may see."""
-    yield "the shares of the noise", _shares(left), _shares(right)
     yield "the exception", left.error, right.error
     yield "the number of releases", len(left.released), len(right.released)
+    yield "the shares of the noise", _shares(left), _shares(right)
     for name in (
         *("iterations", "steps_taken", "counter", "lr", "average", "parameters", "optimizer_state", "inputs"),
         *("estimates", "told", "states", "stds", "stated_epsilons"),
@@ -325,7 +340,7 @@ def check_N(folder: Path, *, only: Callable[[Setup], bool] = lambda setup: True)
         if not only(setup):
             continue
         data = honest(setup.subject, setup.public_n, setup.dtype)
-        one, other = (run(setup.but(seed=seed), data, folder, streams=True) for seed in (11, 12))
+        one, other = (run(setup.but(seed=2 * (setup.seed or 0) + key), data, folder, streams=True) for key in (1, 2))
         for trace in (one, other):
             if trace.error is not None or len(trace.inputs) != setup.steps:
                 raise Violation("N", f"the run ended early: {trace.message[:200]} ({setup})")
@@ -420,6 +435,35 @@ def _check_unseeded(folder: Path) -> None:
     same = [k for k, (a, b) in enumerate(zip(one.inputs, other.inputs, strict=True)) if distance(a, b) == 0]
     if same or set(one.noise_keys) & set(other.noise_keys):
         raise Violation("N", f"two runs without a seed have the same noise at steps {same}: whoever runs it knows it")
+
+
+LIVES_N = (
+    Life(3, Death.BETWEEN_STEPS, goes_on_from=1),
+    Life(2, Death.BETWEEN_STEPS, goes_on_from=1),
+    Life(2, Death.AFTER_THE_CHARGE, goes_on_from=-1),
+    Life(2, Death.BETWEEN_STEPS),
+)
+
+
+def check_N_resumed(folder: Path, *, only: Callable[[Setup], bool] = lambda setup: True) -> int:
+    """Runs that go on from one checkpoint, more than once: no release has the noise of another one.
+
+    Noise is compared to a thousandth of its length, because sum and release are rounded; that two independent draws of
+    83 coordinates come so close has a probability far below FALSE_ALARM. Returns the number of releases.
+    """
+    found = 0
+    for seed in (None, 5):
+        setup = Setup(steps=12, q=0.5, public_n=8, seed=seed)
+        if not only(setup):
+            continue
+        past = run_with_crashes(setup, LIVES_N, folder).past
+        if len(past) != sum(life.steps for life in LIVES_N):
+            raise Violation("N", f"the run ended early, with {len(past)} releases ({setup})")
+        for (i, one), (j, other) in combinations(enumerate(past), 2):
+            if one.key == other.key or float((one.noise - other.noise).norm()) <= 1e-3 * float(one.noise.norm()):
+                raise Violation("N", f"releases {i} and {j} of a resumed run have the same noise ({setup})")
+        found += len(past)
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------ A sampling
@@ -546,7 +590,7 @@ def _check_event(trace: Trace, setup: Setup) -> None:
     assert trace.plan is not None
     event = trace.plan.event
     q = getattr(event, "sample_rate", 1.0)
-    inner = getattr(event, "event", event)
+    inner: Any = getattr(event, "event", event)
     taken = sum(len(indices) for indices in trace.asked)
     most = float(stats.binom.isf(FALSE_ALARM, len(trace.asked) * setup.public_n, q))
     if taken > most:
@@ -562,6 +606,70 @@ def _check_event(trace: Trace, setup: Setup) -> None:
     if squares < least:
         measured = math.sqrt(squares / values)
         raise Violation("V", f"the noise has multiplier {measured:.4f}, charged is {inner.noise_multiplier} ({setup})")
+
+
+def check_V_passes(folder: Path, *, only: Callable[[Setup], bool] = lambda setup: True) -> int:
+    """A pass has ceil(N / batch size) steps, all of them planned and charged: int(1 / q) is one less for many N."""
+    looked = 0
+    for n, batch in ((93, 1), (10, 3)):
+        setup = Setup(q=batch / n, public_n=n, epochs=1, lr=0.0)
+        if not only(setup):
+            continue
+        trace = run(setup, honest(setup.subject, n, setup.dtype), folder)
+        if trace.error is not None or trace.plan is None:
+            raise Violation("V", f"the run ended early: {trace.message[:200]} ({setup})")
+        wanted, told = math.ceil(n / batch), (trace.iterations, trace.plan.steps, trace.charges, len(trace.released))
+        if set(told) != {wanted}:
+            what = "{} iterations, {} planned steps, {} charges and {} releases".format(*told)
+            raise Violation("V", f"{what} in a pass of {wanted} steps ({setup})")
+        looked += wanted
+    return looked
+
+
+def check_V_beside(folder: Path, *, only: Callable[[str], bool] = lambda what: True) -> int:
+    """Numbers of the whole data set that are released beside the steps of a run are charged as well, before the draw.
+
+    Returns the number of releases.
+    """
+    if not only("beside"):
+        return 0
+    run_dir = Path(tempfile.mkdtemp(dir=folder))
+    data, model = honest("mlp", 8, torch.float32), build("mlp", torch.float32)
+    shipped, seen = Gaussian.release, list[int]()
+
+    def release(self: Gaussian, *args: Any) -> Any:
+        seen.append(len(charges_on_disk(run_dir / "ledger.sqlite")))
+        return shipped(self, *args)
+
+    with mock.patch.object(Gaussian, "release", release):
+        engine = dpkit.PrivacyEngine(run_dir, dataset_name="made up", budget=accounting.Budget(1e3, 1e-2), seed=1)
+        model, optimizer, loader = engine.make_private(
+            model,
+            torch.optim.SGD(model.parameters(), lr=0.1),
+            DataLoader(TensorDataset(*data), batch_size=4),
+            mechanism=Gaussian(1.3),
+            target_delta=1e-5,
+            steps=4,
+            max_grad_norm=1.0,
+            num_examples=8,
+        )
+        for batch in loader:
+            engine.backward(loss_of(model, batch))
+            optimizer.step()
+            engine.release_mean("first", data.x[:, 0].abs(), lower=0.0, upper=2.0, noise_multiplier=3.0)
+            engine.release_count("class", data.y == 0, noise_multiplier=3.0)
+        epsilon, accesses = engine.epsilon().upper, engine.statement().data_accesses
+        engine.detach()
+        engine.ledger.close()
+    for number, charges in enumerate(seen):
+        if charges < number + 1:
+            raise Violation("V", f"release {number + 1} was made when {charges} charges were on the disk (beside)")
+    alone = accounting.Gaussian(noise_multiplier=3.0)
+    # Less is not possible, for one release of the whole data set is among them.
+    least = accounting.epsilon(alone, 1e-5, relation=Relation.ADD_REMOVE).lower
+    if accesses != len(seen) or epsilon <= least:
+        raise Violation("V", f"{len(seen)} releases, and the statement tells of {accesses} at epsilon {epsilon:.4g}")
+    return len(seen)
 
 
 CHECKS: dict[str, Callable[..., object]] = {

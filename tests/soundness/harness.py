@@ -21,14 +21,13 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 import accounting
 import dpkit
@@ -36,15 +35,18 @@ from accounting import PlanRecord, Relation
 from dpkit.callbacks import Callback
 from dpkit.clipping import ClipRule, Flat
 from dpkit.engine.attachment import attached_to
+from dpkit.engine.canaries import Canaries
 from dpkit.errors import CheckpointError, Refused
 from dpkit.filters import Filter
-from dpkit.mechanisms import Correlated, Gaussian, NoiseKey, RunKey, gaussian
+from dpkit.mechanisms import Correlated, DiscreteGaussian, Gaussian, HardenedGaussian, NoiseKey, RunKey, gaussian
 from dpkit.metrics import Count, Mean, Metric
 from dpkit.optim import DPAdamBC
 from dpkit.sampling import Poisson, Sampler, TruncatedPoisson
 from dpkit.types import ClippedSum, Named, Participation, Released
 
-from .subjects import Data, build, honest, loss_of, marked
+from .subjects import Data, build, honest, loss_of
+
+Noise = Gaussian | Correlated | HardenedGaussian | DiscreteGaussian
 
 _SALT = re.compile(r'"salt": ?"[0-9a-f]{16}", ?')  # random in every charge, whatever the data
 
@@ -61,6 +63,9 @@ class Setup:
       cap: truncates the Poisson draw at this size ("step" only).
       stop_after: number of iterations after which the user stops; None for never.
       leave_after: number of iterations after which the user leaves every pass and begins another; None for never.
+      epochs: in place of ``steps``, of which one pass then has as many as the engine makes of it ("loop" only).
+      canaries: how many made-up units ride along, for an audit.
+      rows: of a user, each of them another view of the user's record; the unit is then the user ("loop" only).
       workers: processes that fetch batches ahead of time ("loop" only).
       clip: the rule, in place of flat clipping to ``bound``. Labels, for a rule that needs them, are the classes.
       sampler: in place of Poisson sampling at ``q``.
@@ -87,10 +92,13 @@ class Setup:
     lr: float = 0.05
     stop_after: int | None = None
     leave_after: int | None = None
+    epochs: int | None = None
+    rows: int = 1
+    canaries: int = 0
     workers: int = 0
     clip: ClipRule | None = None
     sampler: Sampler | None = None
-    mechanism: Gaussian | Correlated | None = None
+    mechanism: Noise | None = None
     filters: tuple[Filter, ...] = ()
     metrics: tuple[Metric, ...] = ()
 
@@ -99,7 +107,7 @@ class Setup:
         return Flat(self.bound) if self.clip is None else self.clip
 
     @property
-    def noise(self) -> Gaussian | Correlated:
+    def noise(self) -> Noise:
         return Gaussian(self.sigma) if self.mechanism is None else self.mechanism
 
     @property
@@ -201,9 +209,9 @@ class Witness:
 
     def __init__(
         self,
-        inner: Gaussian | Correlated,
+        inner: Noise,
         trace: Trace,
-        dataset: _Watched,
+        dataset: Watched,
         path: Path,
         replay: Sequence[Released] | None,
     ) -> None:
@@ -212,6 +220,10 @@ class Witness:
     @property
     def noise_multiplier(self) -> float:
         return self.inner.noise_multiplier
+
+    @property
+    def tier(self) -> Any:
+        return self.inner.tier
 
     def init(self, parameters: Named, participation: Participation) -> Any:
         self.trace.scale = self.inner.scale(participation)
@@ -233,7 +245,7 @@ class Witness:
         self.trace.stds.append([gaussian.standard_deviations(asked, self.trace.scale) for asked in clipped.queries])
         self.trace.asked.append(self.dataset.take())
         self.trace.charges_seen.append(len(charges_on_disk(self.path)))
-        self.trace.noise_keys.append(_print_of(key.generator(0, "no parameter has this name")))
+        self.trace.noise_keys.append(print_of(key.generator(0, "no parameter has this name")))
         number = len(self.trace.released)
         if self.replay is None or number >= len(self.replay):
             released, state = self.inner.release(clipped, state, key)
@@ -262,7 +274,7 @@ class _Listener(Callback):
         self.told.append("end")
 
 
-class _Watched(Dataset[Any]):
+class Watched(Dataset[Any]):
     """A data set that remembers for which records it was asked.
 
     Given several scenes, it turns into the next one after each release.
@@ -287,6 +299,27 @@ class _Watched(Dataset[Any]):
         return taken
 
 
+class _Views(Dataset[Any]):
+    """``rows`` rows for each record of ``records``, of which all but the first are a little longer."""
+
+    def __init__(self, records: Dataset[Any], rows: int) -> None:
+        self.records, self.rows = records, rows
+
+    def __getitem__(self, row: int) -> tuple[Tensor, ...]:
+        record, view = divmod(row, self.rows)
+        x, y, w = self.records[record]
+        return x * (1 + view / 100), y, w
+
+    def __len__(self) -> int:
+        return self.rows * len(self.records)  # pyright: ignore[reportArgumentType]
+
+
+def _of_users(records: Dataset[Any], rows: int) -> dpkit.Users:
+    """The records as users, who own ``rows`` rows each."""
+    views = _Views(records, rows)
+    return dpkit.Users(views, torch.arange(len(views)) // rows, rows_per_user=rows)
+
+
 def run(
     setup: Setup,
     data: Data | Sequence[Data],
@@ -306,7 +339,7 @@ def run(
       listen: also write down what callbacks are told, and what the engine says was spent at every step.
     """
     trace = Trace()
-    dataset = _Watched([data] if isinstance(data, Data) else data, trace)
+    dataset = Watched([data] if isinstance(data, Data) else data, trace)
     run_dir = Path(tempfile.mkdtemp(dir=folder))
     model = build(setup.subject, setup.dtype)
     optimizer = _OPTIMIZERS[setup.optimizer](model.parameters(), lr=setup.lr)
@@ -333,11 +366,15 @@ def _train(
     engine: dpkit.PrivacyEngine,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    dataset: _Watched,
+    dataset: Watched,
     witness: Witness,
     trace: Trace,
 ) -> None:
-    probe = tuple(honest(setup.subject, 4, setup.dtype, seed=99))
+    records = honest(setup.subject, 4, setup.dtype, seed=99)
+    probe: Any = tuple(records)
+    if setup.rows > 1:
+        users = _of_users(TensorDataset(*records), setup.rows)
+        probe = default_collate([users[user] for user in range(4)])
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.9)
 
     def see(stepped: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -347,7 +384,7 @@ def _train(
 
     def bookkeeping() -> None:
         scheduler.step()
-        trace.lr.append(scheduler.get_last_lr()[0])
+        trace.lr.append(float(scheduler.get_last_lr()[0]))
         trace.iterations += 1
         trace.counter += 1.0 / trace.iterations
         for name, parameter in model.named_parameters():
@@ -355,10 +392,12 @@ def _train(
             trace.average[name] = 0.9 * old + 0.1 * parameter.detach()
 
     shown: list[float] = []
+    canaries = Canaries(setup.canaries, seed=1) if setup.canaries else None
 
     def afterwards(batch: Any) -> None:
         bookkeeping()
-        shown.extend(batch[0].flatten(1)[:, 0].tolist())
+        x = batch[0] if setup.rows == 1 else batch[0][0]
+        shown.extend(x.flatten(1)[:, 0].tolist())
         if len(trace.shown) < len(trace.released):
             trace.shown.append(shown[:])
             shown.clear()
@@ -375,11 +414,16 @@ def _train(
         model, optimizer, loader = engine.make_private(
             model,
             optimizer,
-            DataLoader(dataset, batch_size=setup.batch_size, num_workers=setup.workers),
+            DataLoader(
+                dataset if setup.rows == 1 else _of_users(dataset, setup.rows),
+                batch_size=setup.batch_size,
+                num_workers=setup.workers,
+            ),
             mechanism=witness,
             sampler=setup.sampler,
             target_delta=1e-5,
-            steps=setup.steps,
+            steps=setup.steps if setup.epochs is None else None,
+            epochs=setup.epochs,
             max_grad_norm=setup.bound if setup.clip is None else None,
             clipping=setup.clip,
             filters=setup.filters,
@@ -388,19 +432,24 @@ def _train(
             relation=setup.relation,
             max_physical_batch_size=setup.micro,
             loss_reduction=setup.reduction,
+            rows_per_unit=setup.rows,
             probe_batch=probe,
+            canaries=canaries,
         )
         optimizer.register_step_pre_hook(see)
         dataset.take()
         in_all = setup.steps * len(loader) // -(-setup.public_n // setup.batch_size)
+        in_all = in_all if setup.epochs is None else setup.epochs * len(loader)
         # One pass more than is planned: it must be empty.
         for _ in range(-(-in_all // min(len(loader), setup.leave_after or len(loader))) + 1):
             started = trace.iterations
             for batch in loader:
                 optimizer.zero_grad()
-                losses = loss_of(model, batch)
+                losses = loss_of(model, batch) if setup.rows == 1 else _losses_of_rows(model, batch)
                 _give(setup, engine, batch)
-                if setup.reduction != "none":
+                if setup.rows > 1:
+                    engine.backward(losses, units=torch.arange(len(batch[1])).repeat_interleave(setup.rows))
+                elif setup.reduction != "none":
                     (losses.mean() if setup.reduction == "mean" else losses.sum()).backward()
                 elif labels is None:
                     engine.backward(losses)
@@ -434,6 +483,7 @@ def _train(
         max_physical_batch_size=setup.micro,
         labels=labels,
         probe_batch=probe,
+        canaries=canaries,
     )
     optimizer.register_step_pre_hook(see)
     dataset.take()
@@ -447,6 +497,12 @@ def _train(
                 break
         if trace.iterations == setup.stop_after:
             return
+
+
+def _losses_of_rows(model: nn.Module, batch: Any) -> Tensor:
+    """(B K,) of batches of users, each loss with the weight of its row."""
+    columns, weights = batch
+    return loss_of(model, tuple(column.flatten(0, 1) for column in columns)) * weights.flatten()
 
 
 def _give(setup: Setup, engine: dpkit.PrivacyEngine, batch: Any) -> None:
@@ -499,113 +555,6 @@ def _refuses_one_more(ledger: accounting.Ledger, plan: PlanRecord) -> bool:
     return False
 
 
-# ------------------------------------------------------------------------------------------------- runs that crash
-
-
-class Death(StrEnum):
-    """When a process dies."""
-
-    BETWEEN_STEPS = "between two steps"
-    AFTER_THE_DRAW = "with a batch in hand"
-    AFTER_THE_CHARGE = "between charge and release"
-
-
-@dataclass(frozen=True)
-class Life:
-    """One process: how many steps it takes, how it dies, and from which of all checkpoints the next one goes on."""
-
-    steps: int
-    dies: Death
-    goes_on_from: int = -1
-
-
-class _Died(Exception):
-    pass
-
-
-class _Mortal:
-    """The shipped mechanism, which writes down who takes part in a release, or dies before it."""
-
-    def __init__(self, inner: Gaussian | Correlated, path: Path) -> None:
-        self.inner, self.path = inner, path
-        self.in_hand: list[int] = []
-        self.dies = False
-        self.released: list[tuple[int, list[int]]] = []
-
-    @property
-    def noise_multiplier(self) -> float:
-        return self.inner.noise_multiplier
-
-    def init(self, parameters: Named, participation: Participation) -> Any:
-        return self.inner.init(parameters, participation)
-
-    def scale(self, participation: Participation) -> float:
-        return self.inner.scale(participation)
-
-    def event(self, participation: Participation) -> accounting.Event:
-        return self.inner.event(participation)
-
-    def release(self, clipped: ClippedSum, state: Any, key: NoiseKey) -> tuple[Released, Any]:
-        if self.dies:
-            raise _Died
-        self.released.append((len(charges_on_disk(self.path)), self.in_hand))
-        return self.inner.release(clipped, state, key)
-
-
-def run_with_crashes(setup: Setup, lives: Sequence[Life], folder: Path) -> tuple[list[tuple[int, list[int]]], int]:
-    """One run of several processes, each of which saves after every step.
-
-    Returns: for each release the number of its charge and the units that took part, as the model was shown them; and
-      the number of charges.
-    """
-    data = marked(setup.subject, setup.public_n)
-    run_dir = Path(tempfile.mkdtemp(dir=folder))
-    mechanism = _Mortal(setup.noise, run_dir / "ledger.sqlite")
-    saved: list[str] = []
-    goes_on_from = -1
-    for number, life in enumerate(lives):
-        engine = (
-            dpkit.PrivacyEngine.resume(run_dir, checkpoint=saved[goes_on_from], seed=number)
-            if saved
-            else dpkit.PrivacyEngine(run_dir, dataset_name="made up", seed=number)
-        )
-        model = build(setup.subject, setup.dtype)
-        model, optimizer, loader = engine.make_private(
-            model,
-            torch.optim.SGD(model.parameters(), lr=setup.lr),
-            DataLoader(_Watched([data], Trace()), batch_size=setup.batch_size, num_workers=setup.workers),
-            mechanism=mechanism,
-            sampler=setup.sampler,
-            target_delta=1e-5,
-            steps=setup.steps,
-            max_grad_norm=setup.bound,
-            num_examples=setup.public_n,
-            relation=setup.relation,
-        )
-        with suppress(_Died):
-            taken = 0
-            while engine.steps_left:
-                for batch in loader:
-                    last = taken == life.steps
-                    if last and life.dies is not Death.AFTER_THE_CHARGE:
-                        raise _Died
-                    mechanism.in_hand = [round(mark) - 1 for mark in batch[0][:, 0].tolist() if mark]
-                    mechanism.dies = last
-                    engine.backward(loss_of(model, batch))
-                    optimizer.step()
-                    saved.append(engine.save().name)
-                    taken += 1
-                    if taken == life.steps and life.dies is Death.BETWEEN_STEPS:
-                        raise _Died
-        mechanism.dies = False
-        engine.detach()
-        engine.ledger.close()
-        goes_on_from = life.goes_on_from
-    charges = len(charges_on_disk(mechanism.path))
-    shutil.rmtree(run_dir)
-    return mechanism.released, charges
-
-
 # --------------------------------------------------------------------------------------------------------- looking
 
 
@@ -623,23 +572,31 @@ def charges_on_disk(path: Path) -> list[str]:
 
 @contextmanager
 def _watch_streams(trace: Trace) -> Iterator[None]:
-    sampling, noise = RunKey.sampling, NoiseKey.generator
+    sampling, noise, cipher = RunKey.sampling, NoiseKey.generator, NoiseKey.cipher_key
 
     def seen_sampling(key: RunKey, *args: Any, **kwargs: Any) -> torch.Generator:
         generator = sampling(key, *args, **kwargs)
-        trace.sampling_streams.append(_print_of(generator))
+        trace.sampling_streams.append(print_of(generator))
         return generator
 
     def seen_noise(key: NoiseKey, *args: Any, **kwargs: Any) -> torch.Generator:
         generator = noise(key, *args, **kwargs)
-        trace.noise_streams.append(_print_of(generator))
+        trace.noise_streams.append(print_of(generator))
         return generator
 
-    with mock.patch.object(RunKey, "sampling", seen_sampling), mock.patch.object(NoiseKey, "generator", seen_noise):
+    def seen_cipher(key: NoiseKey, *args: Any, **kwargs: Any) -> bytes:
+        found = cipher(key, *args, **kwargs)
+        trace.noise_streams.append(hashlib.sha256(found).hexdigest()[:24])
+        return found
+
+    with (
+        mock.patch.object(RunKey, "sampling", seen_sampling),
+        mock.patch.multiple(NoiseKey, generator=seen_noise, cipher_key=seen_cipher),
+    ):
         yield
 
 
-def _print_of(generator: torch.Generator) -> str:
+def print_of(generator: torch.Generator) -> str:
     return hashlib.sha256(generator.get_state().numpy().tobytes()).hexdigest()[:24]
 
 

@@ -26,10 +26,9 @@ from dpkit.mechanisms import Correlated, NoiseKey, correlated, gaussian
 from dpkit.sampling import CyclicPoisson, FixedOrder, WithoutReplacement
 from dpkit.types import ClippedSum, Participation, Query, Released
 
+from . import member_checks
 from .harness import Setup
-from .mutants import Active, Mutant, Patch
-
-MEMBER_MUTANTS: list[Mutant] = []
+from .mutants import Active, Patch, mutant
 
 Where = Callable[[Setup], bool]
 
@@ -37,11 +36,7 @@ Where = Callable[[Setup], bool]
 def bug(
     number: str, check: str, what: str, source: str, where: Where
 ) -> Callable[[Callable[[Patch, Active], None]], Callable[[Patch, Active], None]]:
-    def register(apply: Callable[[Patch, Active], None]) -> Callable[[Patch, Active], None]:
-        MEMBER_MUTANTS.append(Mutant(number, check, what, source, apply, where, of_members=True))
-        return apply
-
-    return register
+    return mutant(number, check, what, source, where, by=member_checks.CHECKS[check])
 
 
 def clips_by(*kinds: type) -> Where:

@@ -28,7 +28,7 @@ from dpkit.clipping import (
     Quantile,
 )
 from dpkit.filters import LowPass, butterworth, first_order, momentum
-from dpkit.mechanisms import BISR, BSR, BandMF, Correlated, SquareRoot
+from dpkit.mechanisms import BISR, BSR, BandMF, Correlated, DiscreteGaussian, HardenedGaussian, SquareRoot
 from dpkit.metrics import ClippedCount, Count, Mean, Metric
 from dpkit.sampling import CyclicPoisson, FixedOrder, WithoutReplacement
 
@@ -119,6 +119,10 @@ def grid_D(full: bool = False) -> Iterator[tuple[Setup, tuple[str, ...]]]:
         rule = Quantile(0.7, noise_std=60.0)  # the noise of a draw is larger, and so must be that of the bits
         setup = Setup(sampler=FixedOrder(3, 9), relation=zero_out, mechanism=mechanism, clip=rule)
         yield setup, FEW
+    for form, mechanism in (("loop", HardenedGaussian(1.3)), ("step", DiscreteGaussian(1.3))):
+        if full:
+            yield Setup(form=form, mechanism=mechanism, clip=Quantile(0.7, noise_std=6.0), metrics=METRICS), FEW
+        yield Setup(form=form, mechanism=mechanism, public_n=2, relation=zero_out, sampler=FixedOrder(2, 2)), FEW
     cyclic = Setup(form="step", sampler=CyclicPoisson(0.5, 2), mechanism=Correlated(1.3, BandMF(2)), metrics=METRICS)
     yield cyclic.but(relation=zero_out), FEW
 
@@ -147,9 +151,11 @@ def grid_R(full: bool = False) -> Iterator[Setup]:
     yield base.but(form="step", clip=rules["group adaptive"], metrics=METRICS, optimizer="adambc")
     yield ordered.but(mechanism=Correlated(1.3, BISR(2), True), clip=Quantile(0.5, noise_std=60.0), filters=LOW_PASS)
     yield base.but(sampler=WithoutReplacement(3, 8), relation=replace, filters=LOW_PASS)
+    yield base.but(form="step", mechanism=DiscreteGaussian(1.3), metrics=METRICS[:2], optimizer="adambc")
     bands = Correlated(1.3, BandMF(2))
     yield base.but(form="step", sampler=CyclicPoisson(0.25, 2), mechanism=bands, optimizer="adambc", seed=8)
     if full:
+        yield base.but(mechanism=HardenedGaussian(1.3), clip=rules["quantile"], metrics=METRICS)
         yield base.but(form="step", clip=rules["quantile"], micro=3)
         yield base.but(clip=rules["per layer, quantile"], micro=3, metrics=METRICS)
         yield base.but(clip=rules["AUTO-S"], filters=LOW_PASS, reduction="mean", metrics=METRICS[2:])
@@ -170,6 +176,8 @@ def grid_N(full: bool = False) -> Iterator[Setup]:
         ordered.but(mechanism=Correlated(1.3, SquareRoot())),
         ordered.but(form="step", mechanism=Correlated(1.3, BISR(5), regenerate=True), metrics=(Count("any", 90.0),)),
         base.but(form="step", sampler=CyclicPoisson(0.25, 4), mechanism=Correlated(1.3, BandMF(4)), bound=0.7),
+        base.but(mechanism=HardenedGaussian(1.3), clip=PerLayer(0.7, bound_split=BoundSplit.DIMENSION)),
+        base.but(form="step", mechanism=DiscreteGaussian(1.3), metrics=METRICS, bound=0.7),
     ]
     if full:
         found += [
@@ -187,6 +195,14 @@ def grid_N(full: bool = False) -> Iterator[Setup]:
         yield setup.but(seed=20 + number)
 
 
+def grid_N_grid() -> Iterator[Setup]:
+    """The mechanisms that promise a grid."""
+    for number, mechanism in enumerate((HardenedGaussian(1.3), DiscreteGaussian(1.3))):
+        base = Setup(subject="noise", steps=10, public_n=4, lr=0.0, mechanism=mechanism, seed=50 + number)
+        yield base.but(bound=0.7)
+        yield base.but(form="step", clip=PerLayer(0.7, bound_split=BoundSplit.DIMENSION), metrics=METRICS)
+
+
 def grid_A() -> Iterator[Setup]:
     base = Setup(q=0.25, lr=0.0, sigma=3.0)
     zero_out, replace = Relation.ZERO_OUT, Relation.REPLACE_ONE
@@ -197,6 +213,8 @@ def grid_A() -> Iterator[Setup]:
     yield leaving.but(sampler=FixedOrder(4, 20, order_seed=None), leave_after=2, micro=2, steps=11)
     yield leaving.but(form="step", mechanism=Correlated(3.0, BISR(3)))
     yield base.but(sampler=WithoutReplacement(10, 40), relation=replace, public_n=40, steps=200)
+    for mechanism in (HardenedGaussian(3.0), DiscreteGaussian(3.0)):
+        yield base.but(sampler=FixedOrder(5, 23), relation=zero_out, public_n=23, steps=11, mechanism=mechanism)
     yield base.but(form="step", sampler=CyclicPoisson(0.125, 4), public_n=40, steps=240)
     yield base.but(sampler=CyclicPoisson(0.25, 4), public_n=2000, steps=8)  # everybody of the group whose turn it is
 
@@ -214,6 +232,9 @@ def grid_V() -> Iterator[Setup]:
     yield base.but(sampler=FixedOrder(3, 8), relation=zero_out, mechanism=Correlated(1.3, SquareRoot()))
     yield base.but(form="step", sampler=FixedOrder(3, 8), relation=replace, mechanism=Correlated(1.3, BISR(3), True))
     yield base.but(form="step", sampler=CyclicPoisson(0.25, 3), mechanism=Correlated(1.3, BandMF(3)), stop_after=7)
+    yield base.but(mechanism=HardenedGaussian(1.3), clip=Quantile(0.7, noise_std=1.0), micro=3)
+    yield base.but(form="step", mechanism=DiscreteGaussian(1.3), metrics=(Mean("size", 1.5, 0.0, 2.0),), micro=3)
+    yield base.but(mechanism=DiscreteGaussian(1.3), sampler=FixedOrder(3, 8), relation=zero_out)
 
 
 REFUSED: tuple[Setup, ...] = (
@@ -228,5 +249,8 @@ REFUSED: tuple[Setup, ...] = (
     Setup(steps=8, sampler=WithoutReplacement(3, 9), relation=Relation.ZERO_OUT),
     Setup(steps=8, sampler=CyclicPoisson(0.25, 2), public_n=8, relation=Relation.REPLACE_ONE),
     Setup(steps=8, q=0.5, public_n=8, clip=Quantile(0.7, noise_std=0.6)),
+    Setup(steps=8, q=0.25, public_n=200, mechanism=DiscreteGaussian(1.3), micro=64),
+    Setup(steps=8, q=0.5, mechanism=DiscreteGaussian(1.3), cap=4, form="step"),
+    Setup(steps=8, sampler=WithoutReplacement(3, 9), mechanism=DiscreteGaussian(1.3), relation=Relation.REPLACE_ONE),
 )
 """Runs that no theorem covers, or whose side questions leave nothing for the gradient: none of them may release."""

@@ -82,6 +82,29 @@ class _Sequence(nn.Module):
         return self.head(torch.tanh(hidden - hidden.mean(1, keepdim=True)).flatten(1))
 
 
+class _Centred(nn.Module):
+    """Subtracts the mean of the batch: every record moves the gradients of all others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(6, 8), nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.layer(x - x.mean(0))))
+
+
+class _Contrast(nn.Module):
+    """Scales what it makes of a record by how it compares with the records beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(6, 8), nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.layer(x)
+        return self.head(torch.tanh(hidden)) * (hidden @ hidden.T).sum(1, keepdim=True)
+
+
 class _Product(nn.Module):
     """Two layers whose activations (6 features each) and output gradients (1 feature each) a record sets apart."""
 
@@ -128,6 +151,8 @@ SUBJECTS: dict[str, Subject] = {
     ),
     "sequence": Subject(_Sequence, (4, 3)),
     "product": Subject(_Product, (14,)),
+    "centred": Subject(_Centred, (6,)),
+    "contrast": Subject(_Contrast, (6,)),
     "wide": Subject(_Wide, (33_334,)),
     "ties": Subject(lambda: nn.Linear(64, 32, bias=False), (64,)),
     # Rows of the table that no record touches, a bias, normalisation: about 2,300 coordinates for the noise tests.
