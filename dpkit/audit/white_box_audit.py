@@ -29,7 +29,7 @@ import dpkit
 from accounting import Event, Relation
 from accounting.trade_off import Tangents, tangents
 from dpkit.clipping import ClipRule, Flat, Setting
-from dpkit.engine.canaries import LARGER, Canaries, log_ratio, refuse_groups, refuse_plan
+from dpkit.engine.canaries import LARGER, Canaries, log_ratio, refuse_groups, refuse_plan, refuse_unseen
 from dpkit.engine.plan import Plan, check_count
 from dpkit.errors import InvalidArgument, OutOfOrder
 from dpkit.mechanisms import Mechanism
@@ -115,6 +115,7 @@ def white_box(
         relation=relation,
     )
     refuse_plan(plan)
+    refuse_unseen(plan, dict(layers.named_parameters()))
     beside = Canaries(canaries, seed=seed) if apart else None
     reader = _Reader(layers, plan, bounds)
     # The folder holds a ledger like any other; nothing of a made-up run is kept.
@@ -158,7 +159,8 @@ def in_run(engine: dpkit.PrivacyEngine, canaries: Canaries, *, confidence: float
     """Audit a training run in which ``canaries`` rode along, as far as it has come.
 
     The claim is the epsilon of the steps that the canaries saw, by the plan that the ledger was charged for. Steps of
-    an earlier process (a resumed run) are not in it: their canaries are gone.
+    an earlier process (a resumed run) are not in it: their canaries are gone. The confidence is that of one look, at a
+    moment fixed beforehand; who looks k times asks for a confidence of 1 - (1 - confidence)/k each time.
 
     Raises:
       OutOfOrder: the canaries are of another run, or no step was released yet.

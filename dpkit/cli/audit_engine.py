@@ -42,6 +42,8 @@ _OTHER_SAMPLING = (
     "Audited with Poisson batches that are not cut; the claim is that of the plan, whose cut batches cost as much or "
     "more."
 )
+_OTHER_RULE = "Audited with flat clipping to --max-grad-norm, whatever rule the run had."
+_MOST_CANARIES = 10_000_000
 
 
 @takes_numbers
@@ -69,9 +71,9 @@ def engine(
     debug: Debug = False,
 ) -> None:
     """Audit the engine with canaries on made-up data. Without numbers: noise 1, rate 0.1, 100 steps, delta 1e-5."""
-    check_option("--canaries", canaries, lambda x: x >= 50, "fewer show nothing; give at least 50")
+    check_option("--canaries", canaries, lambda x: 50 <= x <= _MOST_CANARIES, f"give from 50 to {_MOST_CANARIES:,}")
     check_option("--repeats", repeats, lambda x: 1 <= x <= 1000, "give a number of audits from 1 to 1000")
-    check_option("--confidence", confidence, lambda x: 0 < x < 1, "it is a probability; give 0.95, say")
+    check_option("--confidence", confidence, lambda x: 0.5 <= x < 1, "it is a probability of at least 0.5; give 0.999")
     check_option("--claim", claim, lambda x: 0 <= x < math.inf, "it is an epsilon; give the one that was claimed")
     if tier is not None and tier not in _TIERS:
         raise InvalidArgument(f"--tier is {tier!r}: it is one of {', '.join(_TIERS)}.")
@@ -132,13 +134,17 @@ def _audited(run: TrainingRun, tier: str) -> tuple[Mechanism, float, tuple[str, 
         case noise:
             rate = 1.0
     caveats = (_OTHER_SAMPLING,) if isinstance(run.release, TruncatedPoisson) else ()
+    caveats += () if run.source == "numbers" else (_OTHER_RULE,)
     match noise:
-        case events.Gaussian(noise_multiplier=multiplier) | events.DiscreteGaussian(noise_multiplier=multiplier):
+        # An event that covers several steps is no Poisson batch, whatever is inside it.
+        case (
+            events.Gaussian(noise_multiplier=multiplier) | events.DiscreteGaussian(noise_multiplier=multiplier)
+        ) if run.steps_per_release == 1 and tier in kinds:
             return kinds[tier](multiplier), rate, caveats
     raise InvalidArgument(
-        f"the run has noise multiplier {descriptions.each(run.release, descriptions.noise)} and sampling "
-        f"{run.sampling}; canaries audit independent Gaussian noise with Poisson or full batches. Give the numbers of "
-        "such a run."
+        f"the run has noise multiplier {descriptions.each(run.release, descriptions.noise)} of tier {tier!r} and sampling "
+        f"{run.sampling}; canaries audit independent Gaussian noise of the tiers {', '.join(kinds)}, with Poisson or full "
+        "batches. Give the numbers of such a run."
     )
 
 

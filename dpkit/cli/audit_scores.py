@@ -17,6 +17,7 @@ where batches are sampled, and is refused there.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
+import scipy
 import typer
 
 import accounting
@@ -52,6 +54,7 @@ class _Method(StrEnum):
     GAUSSIAN = "gaussian"
 
 
+_BY_CHANCE = 1e-4
 _ONE_RUN = (
     "One model was trained; each canary was put into the training set by a fair coin of its own, and the two files "
     "hold the scores of all canaries."
@@ -120,9 +123,9 @@ def scores(
     debug: Debug = False,
 ) -> None:
     """Bound epsilon from below by the scores of canaries. Larger scores look more like a member."""
-    check_option("--confidence", confidence, lambda x: 0 < x < 1, "it is a probability; give 0.95, say")
+    check_option("--confidence", confidence, lambda x: 0.5 <= x < 1, "it is a probability of at least 0.5; give 0.95")
     check_option("--delta", delta, lambda x: 0 < x < 1, "it must lie strictly between 0 and 1; give the claim's")
-    check_option("--claim", claim, lambda x: x >= 0, "an epsilon is at least 0; leave it out without a claim")
+    check_option("--claim", claim, lambda x: 0 <= x < math.inf, "it is an epsilon; leave it out without a claim")
     if claim is not None and ledger is not None:
         raise typer.BadParameter("--claim and --ledger: give one of them; a ledger has its own epsilon.")
     if dataset_name is not None and ledger is None:
@@ -142,6 +145,7 @@ def scores(
         claim_source="typed" if claimed is None else claimed.source,
         assumptions=(*_ASSUMED[method], *_about_the_unit(claimed)),
     )
+    doubts = _doubts(inside, outside)
     if plot is not None:
         draw_trade_off(plot, Scored(verdict, inside, outside, claimed and claimed.event), claimed)
     if json_output:
@@ -150,6 +154,7 @@ def scores(
             | {
                 "scores_in": len(inside),
                 "scores_out": len(outside),
+                "looks_wrong": doubts,
                 "certified": claimed and claimed.certified,
                 "certified_reason": claimed and claimed.certified_reason,
                 "plot": None if plot is None else str(plot),
@@ -158,6 +163,8 @@ def scores(
     else:
         say(str(verdict), style="bold red" if verdict.contradicted else None)
         say(f"  scores      {len(inside)} of canaries that were used, {len(outside)} of others")
+        for doubt in doubts:
+            say(f"  NOTE        {doubt}", style="yellow")
         if claimed is not None:
             print_not_certified(claimed.certified, claimed.certified_reason)
         if plot is not None:
@@ -199,6 +206,20 @@ def _claimed(run: Path, delta: float | None, dataset_name: str | None) -> _Claim
         certified=stated.certified,
         certified_reason=stated.certified_reason,
     )
+
+
+def _doubts(inside: Vector, outside: Vector) -> list[str]:
+    """What the scores look like, if it is nothing that an attack would give; the bound stays what it is."""
+    if np.ptp(np.concatenate([inside, outside])) == 0:
+        return ["All scores are the same: they tell nothing, and neither does this audit."]
+    if np.array_equal(inside, outside):
+        return ["Both files hold the same scores: they tell nothing, and neither does this audit."]
+    if scipy.stats.mannwhitneyu(inside, outside, alternative="less").pvalue < _BY_CHANCE:
+        return [
+            "The canaries that were used score lower than the others, more than chance explains. A larger score must "
+            "look more like a member: were losses given, or the files swapped?"
+        ]
+    return []
 
 
 def _about_the_unit(claimed: _Claimed | None) -> tuple[str, ...]:

@@ -2,8 +2,8 @@
 
 Each canary owns one coordinate of a block that is nobody's parameter. In every step in which it takes part it brings
 the gradient ``1000·C·e_j``, which the run's own rule has to clip, its own accumulator to add and its own mechanism to
-cover; from the noisy block the auditor tells who was in and who was not. Half of them take part like every other unit,
-half never do.
+cover; from the noisy block the auditor tells who was in and who was not. Half of them take part, each
+with the run's sample rate, half never do.
 
 Guarantees:
   * It costs no privacy: the block is part of the step's one release, is charged with it, and no unit of the data
@@ -13,8 +13,9 @@ Guarantees:
     coordinates: those that round to a grid).
   * Cost per step: one draw and a few operations for each canary, and noise for its coordinate.
 
-What it exercises: the rule, the sum, the charge, the noise, the Poisson rate. What it does not: the gradients of the
-user's layers, which canaries do not go through (``dpkit.audit.white_box`` sends some through layers of its own).
+What it exercises: the rule, the sum, the charge, the noise. What it does not: the gradients of the user's layers and
+the draws of the loader, since canaries come in by a draw of their own (``dpkit.audit.white_box`` sends some through a
+loader and layers of its own).
 
 Source: Nasr et al. 2023, "Tight auditing of differentially private machine learning", https://arxiv.org/abs/2302.07956.
 """
@@ -42,6 +43,8 @@ from .step import ClippedAccumulator
 BLOCK = "dpkit canaries"
 """Name of the block; a parameter's name has no space."""
 
+_FEWEST = 50
+
 LARGER = 1000.0
 """How many clipping norms a canary's gradient is long: the run's own clip has to cut it."""
 
@@ -50,16 +53,16 @@ class Canaries:
     """Dirac canaries for one run: ``engine.make_private(..., canaries=dpkit.audit.Canaries(10_000))``.
 
     Args:
-      count: how many take part; as many again never do.
+      count: how many take part; as many again never do. At least 50: fewer show nothing.
       seed: of the draws of who takes part in which step; None takes them from the operating system.
     Raises:
-      InvalidArgument: for a count below 1 or a seed that is no integer.
+      InvalidArgument: for a count below 50 or a seed that is no integer.
     """
 
     def __init__(self, count: int, *, seed: int | None = None) -> None:
         check_count("count", count)
-        if count < 1:
-            raise InvalidArgument(f"count is {count}; an audit takes at least one canary.")
+        if count < _FEWEST:
+            raise InvalidArgument(f"count is {count}; fewer than {_FEWEST} canaries show nothing.")
         if seed is not None:
             check_count("seed", seed)
         self.count = count
@@ -72,8 +75,8 @@ class Canaries:
         self._device = torch.device("cpu")
         self._bound = 0.0
 
-    def begin(self, plan: Plan, device: torch.device) -> None:
-        """Serve ``plan`` on ``device``, once.
+    def check(self, plan: Plan, parameters: Named) -> None:
+        """Refuse what :meth:`begin` could not serve, and change nothing.
 
         Raises:
           OutOfOrder: they served another run.
@@ -83,7 +86,12 @@ class Canaries:
             raise OutOfOrder("these canaries served a run already; make new ones for every run.")
         refuse_plan(plan)
         refuse_groups(plan.clip)
-        self._plan, self._device = plan, device
+        refuse_unseen(plan, parameters)
+
+    def begin(self, plan: Plan, parameters: Named) -> None:
+        """Serve ``plan``, once, beside these parameters. Raises as :meth:`check`."""
+        self.check(plan, parameters)
+        self._plan, self._device = plan, next(iter(parameters.values())).device
 
     def serves(self, plan: Plan) -> bool:
         """Whether these are the canaries of ``plan``."""
@@ -159,6 +167,29 @@ def refuse_plan(plan: Plan) -> None:
             f"canaries were asked for under {plan.clip} with {len(plan.metrics)} metrics; they have no label and no "
             "value for a metric, and must not answer what a rule asks of the data. Audit with a rule that learns "
             "nothing, such as clipping.Flat, and without metrics."
+        )
+
+
+def refuse_unseen(plan: Plan, parameters: Named) -> None:
+    """Refuse a plan under which canaries would add nothing to see, or nobody could tell them from a parameter.
+
+    Raises:
+      InvalidArgument: naming the rule, or the parameter.
+    """
+    if BLOCK in parameters:
+        raise InvalidArgument(f"a parameter is called {BLOCK!r}, which is the name of the canaries; rename it.")
+    rule, state = plan.clip, plan.clip.init(plan.setting(parameters))
+    bounds = rule.bounds(state)
+    bound = math.hypot(*bounds)
+    norm = torch.full((max(rule.groups(list(parameters))) + 1, 1), LARGER * bound, dtype=torch.float64)
+    factors = rule.factors(norm, None, state)
+    # As the accumulator adds it: in single precision.
+    added = float((factors.float() * norm.float()).double().square().sum().sqrt())
+    if not added >= bound / 2:
+        raise InvalidArgument(
+            f"of a canary {rule} leaves {added:.3g}, where a unit may add {bound:.3g}: it drops gradients that are "
+            f"{LARGER:g} bounds long, or the bound is too small for single precision, and an audit would see nothing. "
+            "Audit with clipping.Flat of an ordinary size."
         )
 
 

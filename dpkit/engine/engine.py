@@ -66,6 +66,8 @@ Optimizer = TypeVar("Optimizer", bound=torch.optim.Optimizer)
 LossFunction = Callable[[Any, Batch], Tensor]
 Reduction = Literal["none", "mean", "sum"]
 
+_LEAST_BUDGET = 1e-9
+"""Of a ledger that is opened for a plan whose noise is so large that its epsilon rounds to 0."""
 _LEFT_BY_A_RUN = ("nonprivate", checkpoints.FOLDER, "metrics.jsonl", "result.json")
 _COLLATE_CAVEAT = "Assumed: collate_fn turns each example into one row that depends on that example alone, in order."
 _LOOP_CAVEAT = (
@@ -806,7 +808,7 @@ class PrivacyEngine:
             plan, setting=setting, certified=self._run_key.certified, caveats=caveats, target_epsilon=target_epsilon
         )
         if canaries is not None:
-            canaries.begin(plan, next(iter(parameters.values())).device)
+            canaries.check(plan, dict(parameters))
         if self._checkpoint is not None:
             record = continued(self._checkpoint.manifest.plan, record)
         if self._checkpoint is None and checkpoints.names(self._folder):
@@ -816,7 +818,7 @@ class PrivacyEngine:
             )
         self._folder.make()
         self._ledger = self._open_or_create(
-            self._budget or Budget(epsilon=target_epsilon or plan.epsilon().upper, delta=plan.delta)
+            self._budget or Budget(epsilon=target_epsilon or max(plan.epsilon().upper, _LEAST_BUDGET), delta=plan.delta)
         )
         self._check(record)
         earlier = attached_to(model)
@@ -827,6 +829,8 @@ class PrivacyEngine:
             self._folder.sweep(checkpoints.FOLDER)
             self._refuse_other_run()  # under the lock: nobody else trains in this folder any more
             self._run_key.claim(resumed_at=None if self._checkpoint is None else self._ledger.anchor()[1])
+            if canaries is not None:
+                canaries.begin(plan, dict(parameters))
             attached = Attachment(
                 model,
                 optimizer,

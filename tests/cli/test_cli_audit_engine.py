@@ -101,6 +101,16 @@ def test_a_plan_that_canaries_cannot_audit_is_refused(dpkit: Run, tmp_path: Path
     assert done.code == 1 and "Poisson or full batches" in done.err
 
 
+def test_steps_that_share_an_event_are_not_audited_as_poisson_batches(dpkit: Run, tmp_path: Path):
+    cyclic = trained(tmp_path / "run", sampler=package.CyclicPoisson(0.1, groups=2))
+    done = dpkit("audit", "engine", cyclic)
+    assert done.code == 1 and "Poisson or full batches" in done.err
+
+
+def test_the_rule_of_a_run_is_not_audited_and_that_is_said(dpkit: Run, tmp_path: Path):
+    assert "whatever rule the run had" in dpkit("audit", "engine", trained(tmp_path / "run"), *FEW).out
+
+
 def test_a_ledger_that_was_changed_is_not_audited(dpkit: Run, tmp_path: Path):
     ledger = trained(tmp_path / "run") / "ledger.sqlite"
     with closing(sqlite3.connect(ledger)) as connection:
@@ -115,6 +125,10 @@ def test_a_ledger_that_was_changed_is_not_audited(dpkit: Run, tmp_path: Path):
         (("--canaries", "10"), "--canaries"),
         (("--repeats", "0"), "--repeats"),
         (("--confidence", "1"), "--confidence"),
+        (("--confidence", "0.4"), "--confidence"),
+        (("--canaries", "99999999999"), "--canaries"),
+        (("--claim", "inf"), "--claim"),
+        (("--max-grad-norm", "1e-46"), "see nothing"),
         (("--confidence", "nan"), "--confidence"),
         (("--claim", "-1"), "--claim"),
         (("--tier", "best"), "--tier"),

@@ -186,6 +186,25 @@ def test_options_that_do_not_fit_are_refused(dpkit: Run, files: Any, ledger: Any
     assert len(done.err.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda scores: -scores, "score lower"),
+        (lambda scores: np.ones_like(scores), "All scores are the same"),
+        (lambda scores: np.arange(len(scores), dtype=float), "Both files hold the same"),
+    ],
+    ids=["losses", "constant", "equal"],
+)
+def test_scores_that_no_attack_gives_are_not_passed_over(dpkit: Run, tmp_path: Path, change: Any, named: str):
+    draw = np.random.default_rng(3)
+    for name, mean in (("in", 3.0), ("out", 0.0)):
+        np.save(tmp_path / f"{name}.npy", change(draw.normal(mean, 1, 200)))
+    options = ("--scores-in", tmp_path / "in.npy", "--scores-out", tmp_path / "out.npy", "--delta", "1e-5")
+    done = dpkit("audit", "scores", *options, "--claim", "1")
+    assert done.code == 0 and named in done.out
+    assert named in dpkit("audit", "scores", *options, "--json").json["looks_wrong"][0]
+
+
 def test_a_ledger_that_agrees_is_taken(dpkit: Run, files: Any, ledger: Any):
     run = ledger()
     assert dpkit("audit", "scores", *files(), "--ledger", run, "--delta", "1e-5", "--dataset-name", "digits").code == 0

@@ -56,7 +56,7 @@ def same_bits(one: nn.Module, other: nn.Module) -> bool:
     return all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("count", [1, 700])
+@pytest.mark.parametrize("count", [50, 700])
 @pytest.mark.parametrize(
     ("settings", "optimizer"),
     [
@@ -160,24 +160,41 @@ def test_canaries_go_through_the_clip_of_the_run(tmp_path, monkeypatch):
         ({"metrics": (ClippedCount(50.0),)}, "metrics"),
         ({"sampler": dpkit.FixedOrder(10, 40), "relation": "zero_out"}, "FixedOrder"),
         ({"clip": clipping.GroupAdaptive(1.0, 2)}, "label"),
+        ({"clip": clipping.Global(1.0, 10.0)}, "would see nothing"),
+        ({"clip": clipping.Flat(1e-46)}, "would see nothing"),
     ],
-    ids=["groups", "learns", "metrics", "sampler", "labels"],
+    ids=["groups", "learns", "metrics", "sampler", "labels", "drops", "too small"],
 )
 def test_what_canaries_cannot_audit_is_refused_by_name(changes, named):
     with pytest.raises(InvalidArgument, match=named):
-        Canaries(3).begin(plan(**changes), torch.device("cpu"))
+        Canaries(50).check(plan(**changes), dict(nn.Linear(2, 2).named_parameters()))
 
 
 def test_canaries_serve_one_run(tmp_path):
-    canaries = Canaries(3)
+    canaries = Canaries(50)
     train(tmp_path / "one", plan(), canaries)
     with pytest.raises(OutOfOrder, match="served a run already"):
         train(tmp_path / "two", plan(), canaries)
     with pytest.raises(OutOfOrder, match="serve no run"):
-        _ = Canaries(3).join(None, ())  # pyright: ignore[reportArgumentType]
+        _ = Canaries(50).join(None, ())  # pyright: ignore[reportArgumentType]
 
 
-@pytest.mark.parametrize(("count", "seed"), [(0, None), (-3, None), (1.5, None), (True, None), (5, "a")])
+def test_canaries_are_not_used_up_by_a_run_that_was_refused(tmp_path):
+    canaries = Canaries(50)
+    with pytest.raises(InvalidArgument):
+        train(tmp_path / "one", plan(sampler=dpkit.FixedOrder(10, 40), relation="zero_out"), canaries)
+    train(tmp_path / "two", plan(), canaries)
+    assert canaries.steps == 6
+
+
+def test_a_parameter_of_the_same_name_is_refused():
+    model = nn.Module()
+    model.register_parameter(BLOCK, nn.Parameter(torch.zeros(2)))
+    with pytest.raises(InvalidArgument, match="rename"):
+        Canaries(50).check(plan(), dict(model.named_parameters()))
+
+
+@pytest.mark.parametrize(("count", "seed"), [(0, None), (49, None), (-3, None), (80.5, None), (True, None), (50, "a")])
 def test_counts_and_seeds_that_are_none_are_refused(count, seed):
     with pytest.raises(InvalidArgument):
         Canaries(count, seed=seed)
