@@ -133,7 +133,8 @@ holds with confidence 95 % (delta = 1e-5). A bound below the claim proves nothin
 
 ## How tight the bounds are
 
-Lower bound / claimed epsilon over eight seeds: mean, its 95 % interval (Student), least, largest.
+Lower bound / claimed epsilon over eight seeds: mean, its 95 % interval (Student), least, largest. At a confidence of
+95 % one bound in twenty may lie above the true epsilon; for an alarm, ask for more, as the last section does.
 
 | rate, steps, noise | claimed epsilon | canaries in and out, each | mean | interval | least | largest | seconds |
 |---|---|---|---|---|---|---|---|

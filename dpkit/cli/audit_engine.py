@@ -137,9 +137,9 @@ def _audited(run: TrainingRun, tier: str) -> tuple[Mechanism, float, tuple[str, 
     caveats += () if run.source == "numbers" else (_OTHER_RULE,)
     match noise:
         # An event that covers several steps is no Poisson batch, whatever is inside it.
-        case (
-            events.Gaussian(noise_multiplier=multiplier) | events.DiscreteGaussian(noise_multiplier=multiplier)
-        ) if run.steps_per_release == 1 and tier in kinds:
+        case events.Gaussian(noise_multiplier=multiplier) | events.DiscreteGaussian(noise_multiplier=multiplier) if (
+            run.steps_per_release == 1 and tier in kinds
+        ):
             return kinds[tier](multiplier), rate, caveats
     raise InvalidArgument(
         f"the run has noise multiplier {descriptions.each(run.release, descriptions.noise)} of tier {tier!r} and sampling "
