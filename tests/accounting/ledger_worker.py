@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import random
 import resource
 import signal
 import sys
+import time
 
 from accounting import Budget, BudgetExceeded, Gaussian, Ledger, LedgerError, PlanRecord, Poisson, Relation
 
 EVENT = Poisson(0.01, Gaussian(1.0))
 PLAN = PlanRecord(EVENT, 10_000, 1e-5, Relation.ADD_REMOVE, "example", 60_000, plan_id="shared")
 SHORT = PLAN.model_copy(update={"steps": 100})
+PART = PLAN.model_copy(update={"steps": 40})
 BUDGET = Budget(100.0, 1e-5)
 
 
@@ -50,9 +53,57 @@ def charge_on_a_full_disk(path: str, room: str) -> None:
             print(acknowledged, type(error).__name__, error)
 
 
+def charge_all(plan: PlanRecord, path: str) -> int:
+    """Charge until no step of the plan is left, or it is not admitted; how many charges were ours."""
+    ours = 0
+    with Ledger.open(path, timeout=300) as ledger:
+        try:
+            while True:
+                ledger.charge(plan, EVENT).consume()
+                ours += 1
+                time.sleep(random.uniform(0, 0.004))  # the step itself: without it, the first keeps the lock
+        except BudgetExceeded:
+            return ours
+
+
+def rounds(processes: str) -> None:
+    """For each line of standard input, so many processes charge a ledger at once; prints how many charges each made.
+
+    A line is a path, and before it what is charged: "shared", one plan for all, or "own", a plan for each.
+    """
+    for line in sys.stdin:
+        which, path = line.rstrip("\n").split(maxsplit=1)
+        with Ledger.open(path) as ledger:
+            ledger.check(PART)  # computes its epsilon once, not in every child
+        ready, go = os.pipe()
+        answers = []
+        for number in range(int(processes)):
+            result, answer = os.pipe()
+            if not os.fork():
+                code = 1
+                try:
+                    os.close(go)
+                    random.seed(number)
+                    os.read(ready, 1)  # until all are there and the pipe is closed
+                    plan = PART if which == "shared" else PART.model_copy(update={"plan_id": f"of {number}"})
+                    os.write(answer, b"%d" % charge_all(plan, path))
+                    code = 0
+                finally:
+                    os._exit(code)
+            os.close(answer)
+            answers.append(result)
+        os.close(go)
+        os.close(ready)
+        for result in answers:
+            with os.fdopen(result) as answer:
+                print(answer.read(), flush=True)
+            os.wait()
+
+
 if __name__ == "__main__":
     {
         "release": release_forever,
         "share": share,
         "full": charge_on_a_full_disk,
+        "rounds": rounds,
     }[sys.argv[1]](*sys.argv[2:])
