@@ -34,7 +34,7 @@ Debug = Annotated[bool, typer.Option("--debug", envvar="DPKIT_DEBUG", help="Show
 
 def print_json(value: dict[str, Any]) -> None:
     """One JSON object on stdout, without terminal colours or wrapping."""
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 def print_error(message: str) -> None:
