@@ -142,9 +142,9 @@ def _audited(run: TrainingRun, tier: str) -> tuple[Mechanism, float, tuple[str, 
         ):
             return kinds[tier](multiplier), rate, caveats
     raise InvalidArgument(
-        f"the run has noise multiplier {descriptions.each(run.release, descriptions.noise)} of tier {tier!r} and sampling "
-        f"{run.sampling}; canaries audit independent Gaussian noise of the tiers {', '.join(kinds)}, with Poisson or full "
-        "batches. Give the numbers of such a run."
+        f"the run has noise multiplier {descriptions.each(run.release, descriptions.noise)} of tier {tier!r} and "
+        f"sampling {run.sampling}; canaries audit independent Gaussian noise of the tiers {', '.join(kinds)}, with "
+        "Poisson or full batches. Give the numbers of such a run."
     )
 
 

@@ -190,7 +190,7 @@ def test_options_that_do_not_fit_are_refused(dpkit: Run, files: Any, ledger: Any
     ("change", "named"),
     [
         (lambda scores: -scores, "score lower"),
-        (lambda scores: np.ones_like(scores), "All scores are the same"),
+        (np.ones_like, "All scores are the same"),
         (lambda scores: np.arange(len(scores), dtype=float), "Both files hold the same"),
     ],
     ids=["losses", "constant", "equal"],
