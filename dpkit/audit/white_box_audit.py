@@ -91,7 +91,8 @@ def white_box(
       confidence: probability with which the bound is below the true epsilon.
       claim: the epsilon that is to be contradicted; what the accountant says of the plan where it is left out.
       claim_source: where a given claim comes from, in words.
-      seed: makes the audit repeatable; None takes noise and draws from the operating system.
+      seed: makes the audit repeatable; None takes noise and draws from the operating system, and gives the global
+        generators of the process a secret state, as every certified run does.
     Raises:
       InvalidArgument: a value outside its domain, or a rule or mechanism that canaries cannot audit.
     """

@@ -19,8 +19,9 @@ from accounting import descriptions, events
 from accounting.events import Poisson, TruncatedPoisson
 from dpkit.errors import InvalidArgument
 
-from .audit_output import draw_trade_off, print_not_certified, refuse_plot
+from .audit_output import draw_trade_off, print_not_certified
 from .epsilon import epsilon_of, print_caveats, say
+from .pictures import refuse_plot
 from .terminal import CONTRADICTED, Debug, Json, print_json
 from .training_run import (
     Numbers,

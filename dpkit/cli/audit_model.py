@@ -30,13 +30,14 @@ from accounting import Gaussian, Ledger, Statement
 from dpkit import datasets
 from dpkit.callbacks import StepRecord
 from dpkit.datasets import Split
-from dpkit.errors import CheckpointError, ConfigError, InvalidArgument, LedgerError, RunFolderError
+from dpkit.errors import CheckpointError, ConfigError, LedgerError, RunFolderError
 from dpkit.run_folder import RunFolder
 
 from . import config as configs
-from .audit_output import print_not_certified, refuse_plot
+from .audit_output import print_not_certified
 from .config import Config
 from .epsilon import say
+from .pictures import form_of, refuse_plot, write_picture
 from .progress import TrainingBar, training_bar
 from .terminal import Debug, Json, err, print_json
 from .training_run import check_option
@@ -416,9 +417,4 @@ def _draw(path: Path, attack: _Attack, subject: _Subject) -> None:
         else f"claimed: epsilon <= {stated.epsilon:.4g} at delta = {accounting.round_up_text(stated.delta)}"
     )
     title = f"{subject.config.model} on {subject.config.dataset}, {how}"
-    picture = draw_membership(curves, title, path.suffix[1:].lower(), nonmembers=len(outside))
-    try:
-        with path.open("xb") as file:
-            file.write(picture)
-    except FileExistsError:
-        raise InvalidArgument(f"--plot {path} exists already and is not overwritten; give another name.") from None
+    write_picture(path, draw_membership(curves, title, form_of(path), nonmembers=len(outside)))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import os
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -14,15 +12,14 @@ import numpy as np
 import accounting
 from accounting import Event, Relation, Unsupported
 from accounting.trade_off import tangents
-from dpkit.errors import ConfigError, InvalidArgument, Refused
 
 from .epsilon import say
+from .pictures import form_of, write_picture
 
 if TYPE_CHECKING:
     from dpkit.audit.verdict import Verdict
     from dpkit.report.audit_plot import Curve
 
-_FORMATS = (".png", ".svg")
 _TITLE_WIDTH = 84
 _LEAST_RATE, _KNOTS = 1e-6, 320
 _NOT_CERTIFIED = "the noise can be repeated, and removed by who knows the seed: the claim is void, whatever was found"
@@ -63,21 +60,6 @@ def print_not_certified(certified: bool | None, reason: str = _NOT_CERTIFIED) ->
         say(f"  CERTIFIED: NO ({reason})", style="bold red")
 
 
-def refuse_plot(path: Path) -> None:
-    """Raises if no picture can be written to ``path``: before the audit, which may take a while."""
-    if path.suffix.lower() not in _FORMATS:
-        raise InvalidArgument(f"--plot {path}: the picture is a .png or an .svg; give a name that ends so.")
-    if path.is_symlink() or path.exists():
-        raise _in_the_way(path)
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ConfigError(f"--plot {path}: {path.parent} is no folder that can be written to; give another name.")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise Refused(
-            "--plot draws with matplotlib, which is not installed: pip install 'dpkit[report]'. Without --plot the "
-            "numbers come as text or --json."
-        )
-
-
 def draw_trade_off(path: Path, evidence: Evidence, run: HasRelation | None) -> None:
     """Writes the picture to a file that does not exist yet.
 
@@ -114,13 +96,9 @@ def draw_trade_off(path: Path, evidence: Evidence, run: HasRelation | None) -> N
         else None,
         confidence=verdict.confidence,
         title="\n".join(part for line in lines for part in textwrap.wrap(line, _TITLE_WIDTH)),
-        form=path.suffix[1:].lower(),
+        form=form_of(path),
     )
-    try:
-        with path.open("xb") as file:
-            file.write(picture)
-    except FileExistsError:
-        raise _in_the_way(path) from None
+    write_picture(path, picture)
 
 
 def _is_its_epsilon(verdict: Verdict, event: Event, relation: Relation) -> bool:
@@ -148,7 +126,3 @@ def _of_epsilon(epsilon: float, delta: float) -> Curve:
     # e^epsilon beyond the largest double: no test is bound by it, but for the delta.
     with_record = 1 - delta - math.exp(min(epsilon, 700.0)) * alphas
     return Curve(alphas, np.maximum(0, np.maximum(with_record, math.exp(-epsilon) * (1 - delta - alphas))))
-
-
-def _in_the_way(path: Path) -> ConfigError:
-    return ConfigError(f"--plot {path} exists already and is not overwritten; give another name.")

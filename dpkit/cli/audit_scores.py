@@ -39,8 +39,9 @@ from dpkit.audit.thresholds import Vector
 from dpkit.audit.verdict import LowerBound, judge
 from dpkit.errors import InvalidArgument
 
-from .audit_output import Scored, draw_trade_off, print_not_certified, refuse_plot
+from .audit_output import Scored, draw_trade_off, print_not_certified
 from .epsilon import say
+from .pictures import refuse_plot
 from .statement import ledger_path
 from .terminal import CONTRADICTED, Debug, Json, print_json
 from .training_run import check_option

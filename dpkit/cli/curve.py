@@ -6,7 +6,6 @@ what was seen does not get the value at its last step: that of all planned steps
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import textwrap
 from dataclasses import asdict, dataclass
@@ -18,16 +17,16 @@ from rich.table import Table
 
 import accounting
 from accounting import Bound
-from dpkit.errors import ConfigError, InvalidArgument, Refused
+from dpkit.errors import InvalidArgument
 
 from .epsilon import Answer, answer_of, epsilon_of, print_answer, print_caveats, say, shown, shown_below
+from .pictures import form_of, refuse_plot, write_picture
 from .terminal import Debug, Json, out, print_json
 from .training_run import Numbers, RunPath, TrainingRun, takes_numbers, training_run
 
 _PLANNED = "a value before the last step is the guarantee of a run that was planned to end there"
 _IN_TABLE = 12
 _IN_PICTURE = 1000
-_FORMATS = (".png", ".svg")
 _BLUE = "#1f5fa8"
 
 
@@ -61,7 +60,9 @@ def curve(
         raise InvalidArgument(f"--every is {every}: it counts steps and must be at least 1.")
     described = training_run(run, numbers)
     if plot is not None:
-        _refuse_plot(plot, described)
+        refuse_plot(plot)
+        if described.steps == 0:
+            raise InvalidArgument("--steps is 0: a run without steps has no curve to draw; leave --plot out.")
     bounds = _bounds(described)
     points = _points(described, bounds, every or 1)
     answer = answer_of(described, bounds[-1] if bounds else epsilon_of(described))
@@ -116,20 +117,6 @@ def _print(points: list[_Point]) -> None:
     out.print(table)
 
 
-def _refuse_plot(path: Path, run: TrainingRun) -> None:
-    if path.suffix.lower() not in _FORMATS:
-        raise InvalidArgument(f"--plot {path}: the picture is a .png or an .svg; give a name that ends so.")
-    if path.is_symlink() or path.exists():
-        raise _in_the_way(path)
-    if run.steps == 0:
-        raise InvalidArgument("--steps is 0: a run without steps has no curve to draw; leave --plot out.")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise Refused(
-            "--plot draws with matplotlib, which is not installed: pip install 'dpkit[report]'. Without --plot the "
-            "numbers come as text or --json."
-        )
-
-
 def _draw(path: Path, answer: Answer, points: list[_Point]) -> None:
     """Writes the picture of ``points`` to a file that does not exist yet."""
     import matplotlib.style
@@ -141,7 +128,7 @@ def _draw(path: Path, answer: Answer, points: list[_Point]) -> None:
         f"{answer.sampling}; noise multiplier {answer.noise_multiplier}",
         f"unit: one {answer.unit}; relation: {answer.relation}; accountant: {answer.accountant}",
     )
-    form = path.suffix[1:].lower()
+    form = form_of(path)
     with matplotlib.style.context(["default", {"svg.hashsalt": "dpkit", "svg.fonttype": "none"}]):
         figure = Figure(figsize=(6.4, 4.2), layout="constrained")
         axes = figure.add_subplot()
@@ -159,12 +146,4 @@ def _draw(path: Path, answer: Answer, points: list[_Point]) -> None:
         picture = io.BytesIO()
         # Without the date, the same numbers give the same bytes.
         figure.savefig(picture, format=form, dpi=150, metadata={"Date": None} if form == "svg" else None)
-    try:
-        with path.open("xb") as file:
-            file.write(picture.getvalue())
-    except FileExistsError:
-        raise _in_the_way(path) from None
-
-
-def _in_the_way(path: Path) -> ConfigError:
-    return ConfigError(f"--plot {path} exists already and is not overwritten; give another name.")
+    write_picture(path, picture.getvalue())

@@ -8,9 +8,7 @@ The errors are an estimate by which to choose (``accounting.plan_noise`` says of
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,13 +19,13 @@ import accounting
 from accounting import Relation, descriptions
 from accounting.plan_noise import Batches, NoiseChoice, NoisePlan, Strategy, most_bands
 from accounting.plan_noise import plan_noise as noise_plan
-from dpkit.errors import ConfigError, InvalidArgument, Refused
+from dpkit.errors import InvalidArgument
 
 from .epsilon import print_caveats, say, shown
+from .pictures import form_of, refuse_plot, write_picture
 from .terminal import Debug, Json, out, print_json
 from .training_run import Numbers, Sampling, TrainingRun, check_option, from_numbers
 
-_FORMATS = (".png", ".svg")
 _HARDLY_BETTER = 0.99
 _BATCHES = {
     Batches.POISSON: "Poisson",
@@ -92,7 +90,7 @@ def plan_noise(
     )
     wanted = _bands(bands, most_bands(num_examples, batch_size, run.steps))
     if plot is not None:
-        _refuse_plot(plot)
+        refuse_plot(plot)
     plan = noise_plan(
         target_epsilon,
         delta,
@@ -263,20 +261,6 @@ def _python(choice: NoiseChoice, size: tuple[int, int]) -> list[str]:
     return [f"mechanism=dpkit.Correlated({noise}, strategy=dpkit.mechanisms.{_class(choice)})", f"sampler={sampler}"]
 
 
-def _refuse_plot(path: Path) -> None:
-    if path.suffix.lower() not in _FORMATS:
-        raise InvalidArgument(f"--plot {path}: the picture is a .png or an .svg; give a name that ends so.")
-    if path.is_symlink() or path.exists():
-        raise _in_the_way(path)
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ConfigError(f"--plot {path}: {path.parent} is no folder that can be written to; give another name.")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise Refused(
-            "--plot draws with matplotlib, which is not installed: pip install 'dpkit[report]'. Without --plot the "
-            "numbers come as text or --json."
-        )
-
-
 def _draw(path: Path, plan: NoisePlan, target: str, run: TrainingRun) -> None:
     """Writes the picture to a file that does not exist yet."""
     from dpkit.report.noise_plot import draw_noise_plan
@@ -285,13 +269,5 @@ def _draw(path: Path, plan: NoisePlan, target: str, run: TrainingRun) -> None:
         f"{target}; unit: one {run.unit}; relation: {plan.relation}; {run.steps} steps\n"
         f"recommended: {_name(plan.best)}, {_BATCHES[plan.best.batches]} batches"
     )
-    picture = draw_noise_plan(plan, title, path.suffix[1:].lower())
-    try:
-        with path.open("xb") as file:
-            file.write(picture)
-    except FileExistsError:
-        raise _in_the_way(path) from None
-
-
-def _in_the_way(path: Path) -> ConfigError:
-    return ConfigError(f"--plot {path} exists already and is not overwritten; give another name.")
+    picture = draw_noise_plan(plan, title, form_of(path))
+    write_picture(path, picture)
