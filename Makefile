@@ -63,5 +63,5 @@ $(VENV)/.dev: $(VENV)/.made pyproject.toml constraints.txt
 
 $(VENV)/.slow: $(VENV)/.dev
 	@echo "installing what only the slow tests and the type checker need"
-	@$(INSTALL) ".[dev,log]"
+	@$(INSTALL) ".[dev,log,mutation]"
 	@touch $@

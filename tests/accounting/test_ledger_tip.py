@@ -9,12 +9,13 @@ import resource
 import shutil
 import signal
 import socket
+import sqlite3
 import stat
 import subprocess
 import sys
 import tempfile
 import zlib
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -574,3 +575,18 @@ def test_a_lost_ledger_is_missing_not_empty(path):
     path.unlink()
     with pytest.raises(LedgerError, match="is missing"):
         Ledger.open(path)
+
+
+def test_an_older_copy_with_as_many_commits_is_noticed_by_a_ledger_that_is_open(tmp_path):
+    """SQLite trusts the pages it remembers while a counter of commits in the file stays the same."""
+    path, other = tmp_path / "ledger.sqlite", tmp_path / "other.sqlite"
+    with Ledger.create(path, dataset_name="d", budget=BUDGET) as ledger:
+        ledger.charge(PLAN, EVENT)
+        other.write_bytes(path.read_bytes())
+        ledger.charge(PLAN, EVENT)
+        with closing(sqlite3.connect(other)) as connection:  # as many commits, and one charge less
+            connection.execute("UPDATE head SET sequence = sequence")
+            connection.commit()
+        path.write_bytes(other.read_bytes())
+        with pytest.raises(LedgerError):
+            ledger.charge(PLAN, EVENT)
