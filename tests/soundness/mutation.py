@@ -17,7 +17,7 @@ What is executed on import (constants, defaults, class bodies) takes a fork of a
 nothing of ours.
 
 A mutant is killed when a test fails that passes without it, or when it takes ten times as long as the tests do
-(``timeout``).  That tests fail for no other reason is shown by ``run --unchanged``, which does all of this with code
+(``timeout``); ``broken`` says that pytest could not begin, and counts as alive.  That tests fail for no other reason is shown by ``run --unchanged``, which does all of this with code
 that was not changed: everything must survive.  Results are added to FOLDER/results.jsonl one by one; a run that was
 interrupted goes on where it was.  ``SURVIVORS.md`` says what lived and why.
 """
@@ -487,6 +487,9 @@ class _Runner:
         os._exit(0)
 
 
+_BROKEN = "(pytest ended with) "
+
+
 def _forked(act: Callable[[Failed], None], limit: float) -> tuple[str, str]:
     """What became of ``act`` in a process of its own: survived, killed (and by which test) or timeout."""
     report, into = os.pipe()
@@ -521,6 +524,8 @@ def _forked(act: Callable[[Failed], None], limit: float) -> tuple[str, str]:
     _, status = os.waitpid(child, 0)
     if told == b"passed":
         return "survived", ""
+    if told.startswith(_BROKEN.encode()):
+        return "broken", ""
     return "killed", told.decode() or f"(the process ended with status {status})"
 
 
@@ -678,8 +683,8 @@ class _Fresh:
                     _quiet()
                     sys.meta_path.insert(0, _Finder(file, source))
                     code = pytest.main([*_OPTIONS, *chosen], plugins=[_FailFast(failed)])
-                    if code != 0:
-                        failed(f"(pytest ended with {code!r})")
+                    if code != 0:  # it could not begin: a test of another name here, which says nothing of the mutant
+                        failed(f"{_BROKEN}{code!r}")
 
                 connection.send_bytes(json.dumps(_forked(act, limit)).encode())
         finally:
@@ -751,7 +756,7 @@ def score(arguments: argparse.Namespace) -> None:
         caught = row["killed"] + row["timeout"]
         print(
             f"{file:42} {row.total():5} mutants {row['killed']:5} killed {row['timeout']:3} timeout "
-            f"{row['survived']:4} survived {100 * caught / row.total():6.1f} %"
+            f"{row['survived']:4} survived {row['broken']} broken {100 * caught / row.total():6.1f} %"
         )
 
 

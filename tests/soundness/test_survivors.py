@@ -70,10 +70,12 @@ def numbers(generator: torch.Generator) -> list[int]:
 def kept_generators() -> Iterator[None]:
     """The generators that everybody shares are afterwards as they were."""
     state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        yield
-    random.setstate(state[0])
-    np.random.set_state(state[1])
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(state[0])
+        np.random.set_state(state[1])
 
 
 def test_the_numbers_on_cpu_are_those_of_a_twister_whose_whole_state_is_the_key() -> None:
@@ -749,10 +751,13 @@ def test_one_group_of_units_is_a_group() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"filters": (object(),)}, {"metrics": (object(),)}, {"filters": object()}], ids=str
+    ("kind", "members"),
+    [("filters", (object(),)), ("metrics", (object(),)), ("filters", object())],
+    ids=["0", "1", "2"],
 )
-def test_what_is_no_filter_or_metric_is_refused(changes: dict[str, Any]) -> None:
-    with pytest.raises(InvalidArgument, match=next(iter(changes))):
+def test_what_is_no_filter_or_metric_is_refused(kind: str, members: object) -> None:
+    changes: dict[str, Any] = {kind: members}
+    with pytest.raises(InvalidArgument, match=kind):
         plan_of(Flat(1.0), **changes)
 
 
