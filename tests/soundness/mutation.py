@@ -18,8 +18,9 @@ nothing of ours.
 
 A mutant is killed when a test fails that passes without it, or when it takes ten times as long as the tests do
 (``timeout``); ``broken`` says that pytest could not begin, and counts as alive.  That tests fail for no other reason is
-shown by ``run --unchanged``, which does all of this with code that was not changed: everything must survive.  Results are added to FOLDER/results.jsonl one by one; a run that was
-interrupted goes on where it was.  ``SURVIVORS.md`` says what lived and why.
+shown by ``run --unchanged``, which does all of this with code that was not changed: everything must survive.  Results
+are added to FOLDER/results.jsonl one by one; a run that was interrupted goes on where it was.  ``SURVIVORS.md`` says
+what lived and why.
 """
 
 from __future__ import annotations
